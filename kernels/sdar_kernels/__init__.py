@@ -1,0 +1,1 @@
+"""Tensor kernels of block diffusion: functions on tensors, no modules, no process groups."""

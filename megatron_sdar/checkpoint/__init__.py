@@ -1,0 +1,1 @@
+"""Native (DCP) checkpoints and Hugging Face safetensors."""

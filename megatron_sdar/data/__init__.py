@@ -1,0 +1,1 @@
+"""Records to token files, token files to packed rows, rows to batches."""

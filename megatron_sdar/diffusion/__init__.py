@@ -1,0 +1,1 @@
+"""Block diffusion as pure functions of arrays: noise, row layout, loss weights."""

@@ -1,0 +1,1 @@
+"""SDAR (Qwen3 architecture) built from the parallel layers."""

@@ -1,0 +1,1 @@
+"""Parameter groups, learning-rate schedules, global-norm clipping."""
