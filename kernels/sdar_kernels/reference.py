@@ -1,0 +1,54 @@
+"""Eager reference of every op: the specification that the fast paths are tested against.
+
+Written for clarity, usable in fp64, quadratic in memory. Nothing in the training path imports
+this file; tests and the `reference` attention backend do. Invariant: an op here has no option
+that its fast form lacks.
+
+Shape legend: T tokens, N query heads, K key/value heads, H head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_mask(key_intervals: Tensor) -> Tensor:
+    """Expand per-query key intervals into the boolean mask they stand for.
+
+    Args:
+        key_intervals: int [T, 4]; query i sees keys [lo1, hi1) and [lo2, hi2).
+
+    Returns:
+        bool [T, T], True where the query (row) may see the key (column).
+    """
+    keys = torch.arange(key_intervals.shape[0], device=key_intervals.device)
+    lo1, hi1, lo2, hi2 = key_intervals.unsqueeze(-1).unbind(1)
+    return ((keys >= lo1) & (keys < hi1)) | ((keys >= lo2) & (keys < hi2))
+
+
+def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, key_intervals: Tensor) -> Tensor:
+    """Softmax attention under the interval mask, scale 1/sqrt(H), grouped-query heads.
+
+    Args:
+        q_TNH: queries; N is a multiple of K, query head n reads key head n // (N // K).
+        k_TKH, v_TKH: keys and values.
+        key_intervals: int [T, 4]; every query must see at least one key.
+
+    Returns:
+        [T, N, H] in the dtype of q.
+    """
+    groups = q_TNH.shape[1] // k_TKH.shape[1]
+    k_TNH = k_TKH.repeat_interleave(groups, dim=1)
+    v_TNH = v_TKH.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qnh,knh->nqk", q_TNH, k_TNH) * q_TNH.shape[-1] ** -0.5
+    scores = scores.masked_fill(~dense_mask(key_intervals), float("-inf"))
+    return torch.einsum("nqk,knh->qnh", scores.softmax(dim=-1), v_TNH)
+
+
+def weighted_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, loss_weights_M: Tensor
+) -> Tensor:
+    """sum_i w_i * CE(hidden_i @ weight^T, target_i), a scalar; logits stored whole."""
+    losses = torch.nn.functional.cross_entropy(hidden_MD @ weight_VD.T, targets_M, reduction="none")
+    return (losses * loss_weights_M).sum()

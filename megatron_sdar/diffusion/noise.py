@@ -1,0 +1,71 @@
+"""Counter-based noise: which tokens of a document are masked, and with what probability.
+
+The draw depends on (seed, epoch, document, view) only, never on rank, worker, micro-batch or
+row, so it is the same under every parallel layout and packing and after every resume, and
+differs between documents wherever they are processed. Generator: Philox4x64, one counter
+stream per (document, view), one key per (seed, epoch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNIFORM_SCALE = 2.0**-53
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What identifies one noise draw besides the document."""
+
+    seed: int
+    epoch: int
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class NoiseDraw:
+    """One noisy view of a document of n tokens.
+
+    Attributes:
+        mask_prob: p in [eps, 1], the probability every maskable token was masked with.
+        masked: bool [n], the tokens that became the mask token.
+    """
+
+    mask_prob: float
+    masked: NDArray[np.bool_]
+
+
+def uniforms(key: NoiseKey, document_id: int, count: int) -> NDArray[np.float64]:
+    """`count` uniforms in [0, 1) of the stream of (key, document_id).
+
+    Raw Philox words are used because numpy keeps those, unlike Generator methods, stable
+    between versions.
+    """
+    generator = np.random.Philox(
+        key=np.array([key.seed, key.epoch], dtype=np.uint64),
+        counter=np.array([0, 0, document_id, key.view], dtype=np.uint64),
+    )
+    words = generator.random_raw(count) >> np.uint64(11)
+    return words.astype(np.float64) * UNIFORM_SCALE
+
+
+def draw_noise(
+    key: NoiseKey, document_id: int, maskable: NDArray[np.bool_], eps: float
+) -> NoiseDraw:
+    """Draw t ~ U[0, 1), p = (1 - eps) t + eps, and mask each maskable token with p.
+
+    Args:
+        key: seed, epoch and view.
+        document_id: global id of the document in the data set.
+        maskable: bool [n]; prompt tokens are False and stay clean.
+        eps: smallest masking probability (published: 1e-3).
+
+    Formula: BD3-LM's linear schedule as SDAR's published training code applies it, one t per
+    document.
+    """
+    draws = uniforms(key, document_id, 1 + maskable.size)
+    mask_prob = (1.0 - eps) * float(draws[0]) + eps
+    return NoiseDraw(mask_prob, maskable & (draws[1:] < mask_prob))

@@ -1,0 +1,72 @@
+"""SDAR self-attention: grouped queries, per-head q/k RMSNorm, rotary positions, interval mask.
+
+Query and key heads are split over tp. With fewer key heads than tp ranks the key and value
+projections are replicated and each rank computes the one head its queries read. The q/k-norm
+scales are shared by all heads, so their gradients are partial over tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sdar_kernels.attention import AttentionPlan, block_diffusion_attention
+from sdar_kernels.rms_norm import apply_rotary, rms_norm
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.parallel.layers import (
+    ColumnParallelLinear,
+    ReplicatedHeadLinear,
+    ReplicatedVector,
+    RowParallelLinear,
+)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What every layer of a micro-batch shares: mask metadata and rotary tables [T, 1, H]."""
+
+    plan: AttentionPlan
+    cos: Tensor
+    sin: Tensor
+
+
+class SdarAttention(nn.Module):
+    """Attention over whole tokens; returns this tp rank's partial sum of the output."""
+
+    def __init__(
+        self, arch: Architecture, tp: DeviceMesh, dtype: torch.dtype, backend: str
+    ) -> None:
+        super().__init__()
+        self.head_dim = arch.head_dim
+        self.eps = arch.rms_norm_eps
+        self.backend = backend
+        hidden, kv_heads = arch.hidden_size, arch.num_key_value_heads
+        query_size = arch.num_attention_heads * arch.head_dim
+        self.q_proj = ColumnParallelLinear(hidden, query_size, tp, dtype)
+        self.k_proj = _key_value_projection(hidden, kv_heads, arch.head_dim, tp, dtype)
+        self.v_proj = _key_value_projection(hidden, kv_heads, arch.head_dim, tp, dtype)
+        self.o_proj = RowParallelLinear(query_size, hidden, tp, dtype)
+        self.q_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
+        self.k_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
+
+    def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
+        """[T, D] -> [T, D], a partial sum over tp. No collective."""
+        num_tokens = x_TD.shape[0]
+        q = self.q_proj(x_TD).view(num_tokens, -1, self.head_dim)
+        k = self.k_proj(x_TD).view(num_tokens, -1, self.head_dim)
+        v = self.v_proj(x_TD).view(num_tokens, -1, self.head_dim)
+        q = apply_rotary(rms_norm(q, self.q_norm(), self.eps), layout.cos, layout.sin)
+        k = apply_rotary(rms_norm(k, self.k_norm(), self.eps), layout.cos, layout.sin)
+        out = block_diffusion_attention(q, k, v, layout.plan, self.backend)
+        return self.o_proj(out.reshape(num_tokens, -1))
+
+
+def _key_value_projection(
+    hidden_size: int, num_heads: int, head_dim: int, tp: DeviceMesh, dtype: torch.dtype
+) -> nn.Module:
+    if num_heads % tp.size() == 0:
+        return ColumnParallelLinear(hidden_size, num_heads * head_dim, tp, dtype)
+    return ReplicatedHeadLinear(hidden_size, num_heads, head_dim, tp, dtype)

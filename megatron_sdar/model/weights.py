@@ -1,0 +1,69 @@
+"""Materialising and initialising parameters so that they do not depend on the layout.
+
+Each parameter's values come from generators keyed by (seed, name, row block), and each rank
+draws only the row blocks its shard touches. So TP, PP and DP sizes leave the initial weights
+unchanged, and no rank ever holds a whole parameter it does not own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.parallel.sharding import fill_local, local_ranges
+
+ROW_BLOCK = 256
+
+
+def materialize(stages: Iterable[nn.Module], device: torch.device) -> None:
+    """Give meta parameters (uninitialised) storage on `device`."""
+    for stage in stages:
+        assert isinstance(stage, SdarStage)
+        stage.to_empty(device=device)
+        stage.tie_weights()
+
+
+def initialize(
+    stages: Iterable[nn.Module], seed: int, initializer_range: float, vocab_size: int
+) -> None:
+    """Initialise as Hugging Face's Qwen3 does: N(0, initializer_range), norm scales 1.
+
+    Vocabulary padding rows become 0 and stay 0: they never reach the loss.
+    """
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not distributed"
+            ranges = local_ranges(parameter)
+            if parameter.dim() == 1:
+                values = torch.ones([piece.stop - piece.start for piece in ranges])
+            else:
+                values = _normal_slice(name, parameter.shape, ranges, seed) * initializer_range
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                first_padding = max(0, vocab_size - ranges[0].start)
+                values[first_padding:] = 0.0
+            fill_local(parameter, values)
+
+
+def _normal_slice(name: str, shape: torch.Size, ranges: tuple[slice, ...], seed: int) -> Tensor:
+    """Rows and columns `ranges` of the global standard-normal draw of a 2-D parameter."""
+    rows, columns = ranges
+    if rows.stop <= rows.start:
+        return torch.empty(0, columns.stop - columns.start)
+    pieces = []
+    for block in range(rows.start // ROW_BLOCK, (rows.stop - 1) // ROW_BLOCK + 1):
+        first = block * ROW_BLOCK
+        drawn = _draw_block(name, block, min(ROW_BLOCK, shape[0] - first), shape[1], seed)
+        inside = slice(max(rows.start - first, 0), min(rows.stop - first, ROW_BLOCK))
+        pieces.append(drawn[inside, columns])
+    return torch.cat(pieces)
+
+
+def _draw_block(name: str, block: int, rows: int, columns: int, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(rows, columns, generator=generator)

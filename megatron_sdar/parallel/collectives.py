@@ -1,0 +1,122 @@
+"""Each forward collective beside its backward, for tensor and sequence parallelism.
+
+The token axis (dim 0) is the sequence axis. Every function is the identity on a group of one.
+Names follow Megatron's tensor_parallel.mappings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, in place. Collective: all_reduce. No autograd."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def all_reduce_max(x: Tensor, group: Group) -> Tensor:
+    """Maximum over the group, in place. Collective: all_reduce. No autograd."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    size = dist.get_world_size(group)
+    out = x.new_empty((x.shape[0] * size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    size = dist.get_world_size(group)
+    assert x.shape[0] % size == 0, "token axis is a multiple of tp (validated)"
+    out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # The upstream gradient may be shared with another branch, so reduce a copy.
+        return all_reduce_sum(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce_sum(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _GatherFromSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _ReduceScatterToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_gather(grad, ctx.group), None
+
+
+def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Forward: identity. Backward: all_reduce (sum)."""
+    return x if dist.get_world_size(group) == 1 else _CopyToRegion.apply(x, group)
+
+
+def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Forward: all_reduce (sum). Backward: identity."""
+    return x if dist.get_world_size(group) == 1 else _ReduceFromRegion.apply(x, group)
+
+
+def gather_from_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """[T / tp, ...] -> [T, ...]. Forward: all_gather. Backward: reduce_scatter (sum)."""
+    return x if dist.get_world_size(group) == 1 else _GatherFromSequence.apply(x, group)
+
+
+def reduce_scatter_to_sequence_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """[T, ...] partial sums -> [T / tp, ...]. Forward: reduce_scatter. Backward: all_gather."""
+    return x if dist.get_world_size(group) == 1 else _ReduceScatterToSequence.apply(x, group)
+
+
+def enter_parallel_region(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+    """Input side of a column-parallel layer: whole tokens on every tp rank."""
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(x, group)
+    return copy_to_tensor_parallel_region(x, group)
+
+
+def leave_parallel_region(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+    """Output side of a row-parallel layer: partial sums become the residual's layout."""
+    if sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(x, group)
+    return reduce_from_tensor_parallel_region(x, group)

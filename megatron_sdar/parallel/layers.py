@@ -1,0 +1,167 @@
+"""Tensor-parallel layers: weights are DTensors on the tp axis, compute is on local shards.
+
+Each parameter says once how it is sharded, by its DTensor placement; initialisation, import,
+clipping, checkpoints and export read that. Invariant: a layer's forward on the local shard runs
+no collective of its own except VocabParallelEmbedding; the model brackets groups of layers
+with `collectives.enter_parallel_region` and `leave_parallel_region`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn import functional as F
+
+from megatron_sdar.parallel.collectives import leave_parallel_region
+
+
+class _LocalWeight(torch.autograd.Function):
+    """DTensor -> its local shard; the gradient goes back as a DTensor of the same layout.
+
+    `DTensor.to_local()` does the same at about three times the cost per use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: DTensor) -> Tensor:
+        ctx.spec = weight._spec
+        return weight._local_tensor.view_as(weight._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:  # type: ignore[override]
+        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+
+
+def local_weight(weight: Tensor) -> Tensor:
+    """The shard of a DTensor parameter that this rank computes with."""
+    return _LocalWeight.apply(weight)
+
+
+def sharded_parameter(
+    global_shape: tuple[int, ...], tp: DeviceMesh, placement: Placement, dtype: torch.dtype
+) -> nn.Parameter:
+    """An uninitialised parameter on the meta device, placed on the tp axis.
+
+    Sizes that are sharded must divide by tp (config.validate said so).
+    """
+    local_shape = list(global_shape)
+    if isinstance(placement, Shard):
+        assert local_shape[placement.dim] % tp.size() == 0, f"{global_shape} over tp {tp.size()}"
+        local_shape[placement.dim] //= tp.size()
+    local = torch.empty(local_shape, dtype=dtype, device="meta")
+    shape = torch.Size(global_shape)
+    stride = torch.empty(shape, device="meta").stride()
+    weight = DTensor.from_local(local, tp, [placement], run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(weight)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T with W [out, in] split over out: local y [..., out / tp]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, tp: DeviceMesh, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((out_features, in_features), tp, Shard(0), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local_weight(self.weight))
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T with W [out, in] split over in: local y is a partial sum over tp."""
+
+    def __init__(
+        self, in_features: int, out_features: int, tp: DeviceMesh, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((out_features, in_features), tp, Shard(1), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local_weight(self.weight))
+
+
+class ReplicatedHeadLinear(nn.Module):
+    """Projection to fewer heads than tp ranks: W is replicated, each rank uses one head.
+
+    Rank r computes head r * num_heads // tp, the one its query heads read. The weight's
+    gradient is partial over tp.
+    """
+
+    grad_partial_over_tp = True
+
+    def __init__(
+        self, in_features: int, num_heads: int, head_dim: int, tp: DeviceMesh, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        assert tp.size() % num_heads == 0, "heads must divide tp (validated)"
+        head = tp.get_local_rank() * num_heads // tp.size()
+        self.rows = slice(head * head_dim, (head + 1) * head_dim)
+        shape = (num_heads * head_dim, in_features)
+        self.weight = sharded_parameter(shape, tp, Replicate(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local_weight(self.weight)[self.rows])
+
+
+class ReplicatedVector(nn.Module):
+    """A replicated weight vector (norm scales).
+
+    Args:
+        size: length of the vector.
+        grad_partial_over_tp: True when each tp rank sees only its own tokens or heads, so that
+            the gradient is a partial sum.
+    """
+
+    def __init__(
+        self, size: int, tp: DeviceMesh, dtype: torch.dtype, grad_partial_over_tp: bool
+    ) -> None:
+        super().__init__()
+        self.grad_partial_over_tp = grad_partial_over_tp
+        self.weight = sharded_parameter((size,), tp, Replicate(), dtype)
+
+    def forward(self) -> Tensor:
+        return local_weight(self.weight)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with the (padded) vocabulary split over tp."""
+
+    def __init__(
+        self,
+        padded_vocab_size: int,
+        hidden_size: int,
+        tp: DeviceMesh,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        self.weight = sharded_parameter((padded_vocab_size, hidden_size), tp, Shard(0), dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[T] ids -> [T, D], or [T / tp, D] under sequence parallelism.
+
+        Collective: all_reduce, or reduce_scatter with sequence parallelism.
+        """
+        weight = local_weight(self.weight)
+        if self.tp.size() == 1:
+            return F.embedding(input_ids, weight)
+        local_ids = input_ids - self.tp.get_local_rank() * weight.shape[0]
+        elsewhere = (local_ids < 0) | (local_ids >= weight.shape[0])
+        partial = F.embedding(local_ids.masked_fill(elsewhere, 0), weight)
+        partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return leave_parallel_region(partial, self.tp.get_group(), self.sequence_parallel)
+
+
+def partial_gradient_names(module: nn.Module) -> set[str]:
+    """Names of parameters whose gradients must be summed over tp once per step."""
+    return {
+        f"{name}.weight"
+        for name, child in module.named_modules()
+        if getattr(child, "grad_partial_over_tp", False)
+    }

@@ -1,0 +1,223 @@
+"""The rank grid: named axes (pp, dp_replicate, dp_shard, tp) over torch's DeviceMesh.
+
+tp is innermost (neighbouring ranks), pp outermost, as in Megatron. The mesh is made once and
+passed to whoever needs it; nothing here is global. Only this file starts and ends the process
+group.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True)
+class PipelineGroups:
+    """One process group per kind of pipeline message.
+
+    NCCL orders messages per communicator and ignores tags, so activations and gradients, and
+    messages between neighbours and around the end of the ring, each get their own.
+    """
+
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+    forward_wrap: dist.ProcessGroup
+    backward_wrap: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The mesh and what is asked of it most.
+
+    Attributes:
+        device_mesh: 4-D, axes AXES.
+        dp: 1-D mesh over dp_replicate x dp_shard.
+        device: where this rank computes.
+        pipeline_groups: None when the pipeline has one stage.
+        tied_group: first and last pipeline stage of this rank's pipeline, or None.
+    """
+
+    device_mesh: DeviceMesh
+    dp: DeviceMesh
+    device: torch.device
+    pipeline_groups: PipelineGroups | None
+    tied_group: dist.ProcessGroup | None
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.device_mesh["tp"]
+
+    @property
+    def pp(self) -> DeviceMesh:
+        return self.device_mesh["pp"]
+
+    @property
+    def data_parallel_axes(self) -> DeviceMesh:
+        """The mesh FSDP shards over: 1-D (dp_shard), or 2-D when parameters are replicated."""
+        if self.device_mesh["dp_replicate"].size() > 1:
+            return self.device_mesh["dp_replicate", "dp_shard"]
+        return self.device_mesh["dp_shard"]
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.get_local_rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp.get_local_rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.get_local_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Global rank 0: the rank that prints and writes shared files."""
+        return dist.get_rank() == 0
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What torchrun told this process; a plain `python` start is a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def read_launch_info() -> LaunchInfo:
+    """Read torchrun's environment variables (the only place that does)."""
+    return LaunchInfo(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def start_process_group(
+    launch: LaunchInfo, device_type: str, backend: str | None, timeout_seconds: int
+) -> torch.device:
+    """Join the world and return this rank's device.
+
+    Args:
+        launch: from `read_launch_info`.
+        device_type: "cpu" or "cuda".
+        backend: None picks gloo on cpu and nccl (gloo for cpu tensors) on cuda.
+        timeout_seconds: collective timeout.
+    """
+    if backend is None:
+        backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_seconds)
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    return device
+
+
+def build_mesh(
+    device: torch.device,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    replicate_data_parallel: bool = False,
+) -> ParallelMesh:
+    """Lay the whole world out as pp x dp x tp.
+
+    Args:
+        device: this rank's device.
+        tensor_model_parallel_size, pipeline_model_parallel_size: their product divides the
+            world size (config.validate said so).
+        replicate_data_parallel: True keeps full parameters and optimizer state on every
+            data-parallel rank (`no_shard`); False shards them.
+
+    Runs collectives: creates process groups, so every rank must call it.
+    """
+    world_size = dist.get_world_size()
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    assert world_size % (tp * pp) == 0, "world size was validated against the axes"
+    dp = world_size // (tp * pp)
+    dp_sizes = (dp, 1) if replicate_data_parallel else (1, dp)
+    mesh = init_device_mesh(device.type, (pp, *dp_sizes, tp), mesh_dim_names=AXES)
+    dp_mesh = mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    pipeline_groups = tied_group = None
+    if pp > 1:
+        columns = mesh.mesh.reshape(pp, -1).T.tolist()
+        pipeline_groups = PipelineGroups(*(_group_per_row(columns) for _ in range(4)))
+        tied_group = _group_per_row([[ranks[0], ranks[-1]] for ranks in columns])
+    return ParallelMesh(mesh, dp_mesh, device, pipeline_groups, tied_group)
+
+
+def _group_per_row(rows: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make one group per row of ranks; returns the one this rank is in."""
+    group, _ = dist.new_subgroups_by_enumeration(rows)
+    return group
+
+
+def stop_process_group() -> None:
+    """Leave the world. Call after the last reference to meshes and models is dropped.
+
+    A Python object that still holds the default gloo group makes the interpreter abort at
+    exit, hence the collection first.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_data_parallel(value: float, mesh: ParallelMesh) -> float:
+    """Sum of a host number over data-parallel ranks, exact below 2^53.
+
+    Collective: all_reduce (dp).
+    """
+    total = torch.tensor(value, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total, group=mesh.dp.get_group())
+    return total.item()
+
+
+def sum_over_world(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a scalar over all ranks, float64. Collective: all_reduce (world)."""
+    total = value.double()
+    dist.all_reduce(total)
+    return total
+
+
+def barrier() -> None:
+    """Wait for every rank of the world. Collective: barrier (world)."""
+    dist.barrier()
+
+
+def agree(error: str | None) -> str | None:
+    """Share rank 0's error message; every rank gets it (None: all is well).
+
+    Collective: broadcast_object_list (world). Lets every rank leave with the same message
+    instead of waiting for a rank that has already failed.
+    """
+    box = [error]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,167 @@
+"""The pipeline executor: runs one rank's action list and moves activations and gradients.
+
+Sends are asynchronous and kept until done; receives are posted when their action is next, into
+a buffer sized from that micro-batch's own metadata, so micro-batches may differ in length and
+only those in flight hold memory. Messages of one kind between two ranks keep the order in which
+both run them, which is all NCCL needs. Gradients leave the loss already scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.parallel.schedule import BACKWARD, FORWARD, Action, make_schedule
+
+
+class SizedBatch(Protocol):
+    """What the executor must know of a micro-batch."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """Shape and dtype of what passes between stages: [num_tokens / split, hidden_size]."""
+
+    hidden_size: int
+    token_split: int
+    dtype: torch.dtype
+
+
+class _Channel:
+    """Where one local chunk's inputs come from and its outputs go to."""
+
+    def __init__(self, mesh: ParallelMesh, chunk: int, num_chunks: int) -> None:
+        ranks = dist.get_process_group_ranks(mesh.pp.get_group())
+        last = mesh.pp_size - 1
+        self.has_previous = not (mesh.pp_rank == 0 and chunk == 0)
+        self.has_next = not (mesh.pp_rank == last and chunk == num_chunks - 1)
+        self.previous_rank = ranks[mesh.pp_rank - 1]
+        self.next_rank = ranks[(mesh.pp_rank + 1) % mesh.pp_size]
+        groups = mesh.pipeline_groups
+        if groups is not None:
+            wraps_in, wraps_out = mesh.pp_rank == 0, mesh.pp_rank == last
+            self.receive_activation = groups.forward_wrap if wraps_in else groups.forward
+            self.send_activation = groups.forward_wrap if wraps_out else groups.forward
+            self.send_gradient = groups.backward_wrap if wraps_in else groups.backward
+            self.receive_gradient = groups.backward_wrap if wraps_out else groups.backward
+
+
+class PipelineExecutor:
+    """Runs forward (and backward) of all micro-batches of a step over this rank's chunks.
+
+    Args:
+        chunks: callables (hidden or None, batch) -> hidden, or a scalar loss on the last stage.
+        mesh: the rank grid.
+        activation: format of what passes between stages.
+        before_backward: called with (chunk, is_last_of_step) before each backward.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Callable[..., Tensor]],
+        mesh: ParallelMesh,
+        activation: ActivationFormat,
+        before_backward: Callable[[int, bool], None],
+    ) -> None:
+        self.chunks = chunks
+        self.mesh = mesh
+        self.activation = activation
+        self.before_backward = before_backward
+        self.channels = [_Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
+
+    def run(self, batches: Sequence[SizedBatch], backward: bool = True) -> Tensor:
+        """Run one step's micro-batches.
+
+        Args:
+            batches: the micro-batches, the same on every pipeline rank.
+            backward: False runs forwards only (evaluation).
+
+        Returns:
+            The sum of the last stage's outputs (a scalar), detached; 0 on other stages.
+
+        Collectives: point-to-point sends and receives between pipeline neighbours, plus
+        whatever the chunks run.
+        """
+        schedule = make_schedule(self.mesh.pp_size, len(self.chunks), len(batches))
+        actions = schedule[self.mesh.pp_rank]
+        if not backward:
+            actions = [action for action in actions if action.kind == FORWARD]
+        remaining = [len(batches)] * len(self.chunks)
+        inputs: dict[tuple[int, int], Tensor | None] = {}
+        outputs: dict[tuple[int, int], Tensor] = {}
+        sends: list[tuple[dist.Work, Tensor]] = []
+        total = torch.zeros((), device=self.mesh.device)
+        for action in actions:
+            key = (action.chunk, action.micro_batch)
+            batch = batches[action.micro_batch]
+            sends = [(work, tensor) for work, tensor in sends if not work.is_completed()]
+            if action.kind == BACKWARD:
+                remaining[action.chunk] -= 1
+                self.before_backward(action.chunk, remaining[action.chunk] == 0)
+                self._backward(action, batch, inputs.pop(key), outputs.pop(key), sends)
+                continue
+            hidden = self._receive_input(action, batch)
+            output = self.chunks[action.chunk](hidden, batch)
+            if self.channels[action.chunk].has_next:
+                channel = self.channels[action.chunk]
+                sent = output.detach().contiguous()
+                sends.append(_send(sent, channel.next_rank, channel.send_activation))
+            else:
+                total = total + output.detach().sum()
+            if backward:
+                inputs[key], outputs[key] = hidden, output
+        for work, _ in sends:
+            work.wait()
+        return total
+
+    def _receive_input(self, action: Action, batch: SizedBatch) -> Tensor | None:
+        channel = self.channels[action.chunk]
+        if not channel.has_previous:
+            return None
+        hidden = self._buffer(batch)
+        dist.recv(hidden, src=channel.previous_rank, group=channel.receive_activation)
+        return hidden.requires_grad_()
+
+    def _backward(
+        self,
+        action: Action,
+        batch: SizedBatch,
+        hidden: Tensor | None,
+        output: Tensor,
+        sends: list[tuple[dist.Work, Tensor]],
+    ) -> None:
+        channel = self.channels[action.chunk]
+        upstream = None
+        if channel.has_next:
+            upstream = self._buffer(batch)
+            dist.recv(upstream, src=channel.next_rank, group=channel.receive_gradient)
+        torch.autograd.backward(output, upstream)
+        if hidden is not None:
+            assert hidden.grad is not None, "the stage did not use its input"
+            grad = hidden.grad.contiguous()
+            sends.append(_send(grad, channel.previous_rank, channel.send_gradient))
+
+    def _buffer(self, batch: SizedBatch) -> Tensor:
+        split = self.activation.token_split
+        assert batch.num_tokens % split == 0, "row length is a multiple of tp (validated)"
+        return torch.empty(
+            (batch.num_tokens // split, self.activation.hidden_size),
+            dtype=self.activation.dtype,
+            device=self.mesh.device,
+        )
+
+
+def _send(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
+    """Start a send; the tensor is returned with it to stay alive until it is done."""
+    work = dist.isend(tensor, dst=rank, group=group)
+    assert work is not None, "this rank is in the group it sends in"
+    return work, tensor

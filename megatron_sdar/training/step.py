@@ -1,0 +1,152 @@
+"""One optimizer step: denominator, forwards and backwards, gradient sums, clip, update.
+
+Invariant: the label count is summed over data-parallel ranks before the first backward, so the
+loss and every gradient are those of one process that saw all rows of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.diffusion.loss import micro_batch_scales
+from megatron_sdar.diffusion.rows import Row
+from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.optim.adamw import ShardedAdamW
+from megatron_sdar.parallel.data_parallel import mark_backward
+from megatron_sdar.parallel.gradients import (
+    global_grad_norm,
+    local_gradients,
+    scale_gradients,
+    sum_partial_gradients,
+    sum_tied_gradients,
+)
+from megatron_sdar.parallel.layers import partial_gradient_names
+from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel, sum_over_world
+from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor
+from megatron_sdar.training.batch import to_device
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports, the same on every rank.
+
+    Attributes:
+        loss: the step's loss.
+        grad_norm: global gradient norm before clipping.
+        label_tokens: label tokens of the step over all data-parallel ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    label_tokens: int
+
+
+def named_parameters(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """All parameters of this rank's stages by global (Hugging Face) name."""
+    return {name: p for stage in stages for name, p in stage.named_parameters()}
+
+
+class TrainingStep:
+    """Runs optimizer steps over this rank's stages.
+
+    Args:
+        stages: materialised stages of this rank.
+        optimizer: None for evaluation only.
+        normalization: loss_normalization.
+        sharding_strategy: data_parallel_sharding_strategy.
+        max_grad_norm: 0 turns clipping off.
+        activation_dtype: of hidden states between pipeline stages.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        mesh: ParallelMesh,
+        stages: Sequence[SdarStage],
+        optimizer: ShardedAdamW | None,
+        *,
+        normalization: str = "global",
+        sharding_strategy: str = "optim_grads",
+        max_grad_norm: float = 1.0,
+        activation_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.mesh = mesh
+        self.stages = stages
+        self.optimizer = optimizer
+        self.normalization = normalization
+        self.max_grad_norm = max_grad_norm
+        self.parameters = named_parameters(stages)
+        self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
+        self.tied_name = self._tied_copy(arch)
+        split = mesh.tp_size if stages[0].sequence_parallel else 1
+        self.executor = PipelineExecutor(
+            stages,
+            mesh,
+            ActivationFormat(arch.hidden_size, split, activation_dtype),
+            lambda chunk, is_last: mark_backward(stages[chunk], is_last, sharding_strategy),
+        )
+
+    def _tied_copy(self, arch: Architecture) -> str | None:
+        """The tied weight's name on this rank when two stages hold a copy each."""
+        if not arch.tie_word_embeddings or self.mesh.pp_size == 1:
+            return None
+        return next((name for name in (EMBEDDING, HEAD) if name in self.parameters), None)
+
+    def backward(self, micro_batches: Sequence[Row]) -> tuple[Tensor, int]:
+        """Forward and backward of all micro-batches; gradients are left summed everywhere.
+
+        Args:
+            micro_batches: this data-parallel rank's rows of the step, one per micro-batch.
+
+        Returns:
+            The step's loss (scalar tensor, the same on every rank) and its label tokens.
+        """
+        counts = [row.num_label_tokens for row in micro_batches]
+        total_labels = int(sum_over_data_parallel(sum(counts), self.mesh))
+        scales = micro_batch_scales(counts, total_labels, self.normalization, self.mesh.dp_size)
+        batches = [
+            to_device(row, self.mesh.device, scale)
+            for row, scale in zip(micro_batches, scales, strict=True)
+        ]
+        local_loss = self.executor.run(batches)
+        gradients = local_gradients(self.parameters)
+        sum_partial_gradients(gradients, self.partial_names, self.mesh)
+        sum_tied_gradients(gradients, self.tied_name, self.mesh)
+        return self._share_loss(local_loss), total_labels
+
+    def _share_loss(self, local_loss: Tensor) -> Tensor:
+        # Every tp rank of the last stage holds the same loss: only the first one's counts.
+        if self.mesh.tp_rank > 0:
+            local_loss = torch.zeros_like(local_loss)
+        return sum_over_world(local_loss)
+
+    def run(self, micro_batches: Sequence[Row], lr: float) -> StepResult:
+        """One optimizer step.
+
+        Raises:
+            FloatingPointError: on every rank, before any weight changes, when the loss or the
+                gradient norm is not finite.
+        """
+        assert self.optimizer is not None, "an evaluation-only step cannot train"
+        self.optimizer.zero_grad()
+        loss_tensor, label_tokens = self.backward(micro_batches)
+        gradients = local_gradients(self.parameters)
+        counted_elsewhere = {HEAD} if self.tied_name == HEAD else set()
+        norm = global_grad_norm(self.parameters, gradients, counted_elsewhere, self.mesh.device)
+        loss, grad_norm = torch.stack((loss_tensor.double(), norm)).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
+        if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
+            scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
+        self.optimizer.step(gradients, lr)
+        self.optimizer.zero_grad()
+        return StepResult(loss, grad_norm, label_tokens)

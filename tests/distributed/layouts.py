@@ -1,0 +1,328 @@
+"""Parallel layouts under test, the worker that runs one, and the comparison with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from distributed import oracle
+from torch.distributed.tensor import DTensor
+
+from megatron_sdar.architecture import Architecture, padded_vocab_size
+from megatron_sdar.config import OptimConfig
+from megatron_sdar.diffusion.noise import NoiseDraw
+from megatron_sdar.diffusion.rows import Row, build_row, concatenate_rows, full_copies
+from megatron_sdar.model.partition import build_stages
+from megatron_sdar.model.sdar import ModelOptions
+from megatron_sdar.model.weights import initialize, materialize
+from megatron_sdar.optim.adamw import ShardedAdamW
+from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
+from megatron_sdar.training.step import TrainingStep, named_parameters
+
+BLOCK, ROW, MASK_ID, PAD_ID = 4, 64, 130, 0
+LR, WEIGHT_DECAY, MAX_GRAD_NORM, STEPS, SEED = 1e-2, 0.1, 0.5, 3, 7
+ROWS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the same three steps."""
+
+    name: str
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    strategy: str = "optim_grads"
+    recompute: bool = False
+    tied: bool = False
+    kv_heads: int = 2
+    layers: tuple[int, ...] | None = None
+    rows_per_micro_batch: int = 1
+    silent_half: bool = False
+    backend: str = "tiled"
+    ragged: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def arch(self) -> Architecture:
+        return Architecture(
+            vocab_size=131,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=5 if self.layers else 4,
+            num_attention_heads=4,
+            num_key_value_heads=self.kv_heads,
+            head_dim=16,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            model_type="sdar",
+            block_size=BLOCK,
+            mask_token_id=MASK_ID,
+        )
+
+
+LAYOUTS = [
+    Layout("one_process"),
+    Layout("one_process_recompute", recompute=True),
+    Layout("one_process_two_rows_per_micro_batch", rows_per_micro_batch=2),
+    Layout("one_process_tied", tied=True),
+    Layout("one_process_ragged_micro_batches", ragged=True),
+    Layout("one_process_reference_attention", backend="reference"),
+    Layout("tp2", tp=2),
+    Layout("tp2_sp", tp=2, sequence_parallel=True),
+    Layout("tp2_sp_recompute", tp=2, sequence_parallel=True, recompute=True),
+    Layout("tp2_tied", tp=2, tied=True),
+    Layout("tp2_sp_kv_heads_below_tp", tp=2, kv_heads=1, sequence_parallel=True),
+    Layout("pp2", pp=2),
+    Layout("pp2_recompute", pp=2, recompute=True),
+    Layout("pp2_tied", pp=2, tied=True),
+    Layout("pp2_uneven", pp=2, layers=(3, 2)),
+    Layout("pp2_ragged_micro_batches", pp=2, ragged=True),
+    Layout("pp2_interleaved", pp=2, vpp=2),
+    Layout("pp2_interleaved_ragged", pp=2, vpp=2, ragged=True),
+    Layout("dp2_zero2", dp=2),
+    Layout("dp2_zero2_recompute", dp=2, recompute=True),
+    Layout("dp2_zero3", dp=2, strategy="optim_grads_params"),
+    Layout("dp2_no_shard", dp=2, strategy="no_shard"),
+    Layout("dp2_one_rank_without_masks", dp=2, silent_half=True),
+    Layout("dp2_zero3_tied", dp=2, strategy="optim_grads_params", tied=True),
+    Layout("pp4", pp=4),
+    Layout("tp4_kv_heads_below_tp", tp=4, sequence_parallel=True),
+    Layout("tp2_pp2", tp=2, pp=2, sequence_parallel=True),
+    Layout("tp2_pp2_tied", tp=2, pp=2, tied=True),
+    Layout("tp2_dp2_zero3", tp=2, dp=2, sequence_parallel=True, strategy="optim_grads_params"),
+    Layout("pp2_dp2_interleaved_recompute", pp=2, dp=2, vpp=2, recompute=True),
+    Layout("pp2_dp2_zero3", pp=2, dp=2, strategy="optim_grads_params"),
+    Layout("pp2_dp2_one_rank_without_masks", pp=2, dp=2, silent_half=True),
+]
+EIGHT = [
+    Layout("tp2_pp2_dp2", tp=2, pp=2, dp=2, sequence_parallel=True),
+    Layout(
+        "tp2_pp2_dp2_zero3_recompute_tied",
+        tp=2,
+        pp=2,
+        dp=2,
+        sequence_parallel=True,
+        strategy="optim_grads_params",
+        recompute=True,
+        tied=True,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Document:
+    ids: np.ndarray
+    labels: np.ndarray
+    noise: NoiseDraw
+
+
+@lru_cache(maxsize=4)
+def make_steps(silent_half: bool) -> list[list[list[Document]]]:
+    """steps x rows x documents. With silent_half, odd rows have no masked token."""
+    rng = np.random.default_rng(0)
+    steps = []
+    for _ in range(STEPS):
+        rows = []
+        for row in range(ROWS_PER_STEP):
+            lengths = [4 * int(n) for n in rng.integers(1, 5, size=2)]
+            rows.append([_document(rng, n, silent_half and row % 2 == 1) for n in lengths])
+        steps.append(rows)
+    return steps
+
+
+def _document(rng: np.random.Generator, length: int, silent: bool) -> Document:
+    ids = rng.integers(1, 129, size=length).astype(np.int32)
+    labels = ids.copy()
+    labels[: int(rng.integers(0, length))] = -100
+    prob = float(rng.uniform(0.2, 0.9))
+    masked = (labels != -100) & (rng.random(length) < prob) & (not silent)
+    return Document(ids, labels, NoiseDraw(prob, masked))
+
+
+def micro_batches(layout: Layout, rows: list[list[Document]], dp_rank: int) -> list[Row]:
+    """Deal a step's rows to this data-parallel rank, row r to rank r % dp."""
+    mine = [
+        build_row(
+            [full_copies(d.ids, d.labels, BLOCK, d.noise) for d in documents],
+            ROW,
+            BLOCK,
+            MASK_ID,
+            PAD_ID,
+        )
+        for documents in rows[dp_rank :: layout.dp]
+    ]
+    if layout.ragged:  # 3 micro-batches of 1, 2 and 1 rows
+        return [mine[0], concatenate_rows(mine[1:3]), mine[3]]
+    size = layout.rows_per_micro_batch
+    return [concatenate_rows(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+
+def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdamW]:
+    arch = layout.arch
+    options = ModelOptions(
+        padded_vocab_size=padded_vocab_size(arch.vocab_size, 8),
+        dtype=torch.float64,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+        attention_backend=layout.backend,
+    )
+    stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy)
+    materialize(stages, mesh.device)
+    initialize(stages, SEED, arch.initializer_range, arch.vocab_size)
+    optimizer = ShardedAdamW(
+        named_parameters(stages), OptimConfig(learning_rate=LR, weight_decay=WEIGHT_DECAY)
+    )
+    step = TrainingStep(
+        arch,
+        mesh,
+        list(stages),
+        optimizer,
+        sharding_strategy=layout.strategy,
+        max_grad_norm=MAX_GRAD_NORM,
+        activation_dtype=torch.float64,
+    )
+    return step, optimizer
+
+
+def run_layout(layout: Layout, directory: Path) -> None:
+    """Run on every rank of the world; each pipeline rank's corner saves what it owns."""
+    mesh = build_mesh(
+        torch.device("cpu"), layout.tp, layout.pp, replicate_data_parallel=layout.strategy == "no_shard"
+    )
+    step, _ = build(layout, mesh)
+    initial = _full({name: p.detach() for name, p in step.parameters.items()})
+    losses, norms, gradients = [], [], {}
+    for index, rows in enumerate(make_steps(layout.silent_half)):
+        batches = micro_batches(layout, rows, mesh.dp_rank)
+        if index == 0:
+            step.backward(batches)
+            gradients = _full({name: p.grad for name, p in step.parameters.items()})
+        result = step.run(batches, LR)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    weights = _full({name: p.detach() for name, p in step.parameters.items()})
+    if mesh.tp_rank == 0 and mesh.dp_rank == 0:
+        torch.save(
+            {
+                "losses": losses,
+                "norms": norms,
+                "gradients": gradients,
+                "weights": weights,
+                "initial": initial,
+            },
+            directory / f"{layout.name}.{mesh.pp_rank}.pt",
+        )
+
+
+def _full(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    full = {}
+    for name, tensor in tensors.items():
+        assert isinstance(tensor, DTensor)
+        full[name] = tensor.full_tensor().clone()
+    return full
+
+
+def read_result(layout: Layout, directory: Path) -> dict[str, object]:
+    parts = [
+        torch.load(directory / f"{layout.name}.{rank}.pt", weights_only=True)
+        for rank in range(layout.pp)
+    ]
+    merged = dict(parts[0])
+    for key in ("gradients", "weights", "initial"):
+        merged[key] = {}
+        for part in parts:
+            for name, tensor in part[key].items():
+                if name in merged[key]:
+                    raise AssertionError(f"{name} is owned twice")
+                merged[key][name] = tensor[:131] if tensor.shape[0] == 136 else tensor
+    return merged
+
+
+@lru_cache(maxsize=16)
+def reference(arch: Architecture, silent_half: bool) -> dict[str, object]:
+    """The oracle's three steps from the product's own initial weights."""
+    one = Layout("reference", tied=arch.tie_word_embeddings, kv_heads=arch.num_key_value_heads)
+    if arch.num_hidden_layers == 5:
+        one = replace(one, layers=(5,))
+    weights = initial_weights(one)
+    steps = [
+        [
+            oracle.NoisyDocument(
+                torch.from_numpy(d.ids).long(),
+                torch.from_numpy(d.labels).long(),
+                torch.from_numpy(d.noise.masked),
+                d.noise.mask_prob,
+            )
+            for row in rows
+            for d in row
+        ]
+        for rows in make_steps(silent_half)
+    ]
+    result = oracle.train(
+        weights,
+        arch,
+        steps,
+        BLOCK,
+        MASK_ID,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    return {**result, "initial": weights}
+
+
+_initial: dict[Layout, dict[str, torch.Tensor]] = {}
+
+
+def initial_weights(layout: Layout) -> dict[str, torch.Tensor]:
+    """Initial weights of the model as one process makes them (needs a process group)."""
+    if layout not in _initial:
+        step, _ = build(layout, build_mesh(torch.device("cpu"), 1, 1))
+        _initial[layout] = {
+            n: (t[:131] if t.shape[0] == 136 else t)
+            for n, t in _full({k: p.detach() for k, p in step.parameters.items()}).items()
+        }
+    return _initial[layout]
+
+
+def mismatches(
+    result: dict[str, object], expected: dict[str, object], rtol: float = 1e-9
+) -> list[str]:
+    """Everything in which a run differs from the oracle; empty when equal."""
+    found: list[str] = []
+    for key in ("losses", "norms"):
+        if not np.allclose(result[key], expected[key], rtol=rtol, atol=0):
+            found.append(f"{key}: {result[key]} != {expected[key]}")
+    for key in ("initial", "gradients", "weights"):
+        ours, theirs = result[key], expected[key]
+        tied_names = {"lm_head.weight"} - set(theirs)
+        missing = set(theirs) - set(ours)
+        extra = set(ours) - set(theirs) - tied_names
+        if missing or extra:
+            found.append(f"{key}: missing {sorted(missing)}, extra {sorted(extra)}")
+        for name in sorted(set(ours) & set(theirs)):
+            scale = theirs[name].abs().max().clamp(min=1e-12)
+            error = ((ours[name] - theirs[name]).abs().max() / scale).item()
+            if not error <= rtol:
+                found.append(f"{key} {name}: relative error {error:.2e}")
+        for name in tied_names & set(ours):
+            twin = ours["model.embed_tokens.weight"]
+            if not torch.equal(ours[name], twin):
+                found.append(f"{key} {name}: differs from its tied twin")
+    return found
+
+
+Runner = Callable[[Layout, Path], None]
