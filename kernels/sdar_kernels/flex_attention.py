@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def flex_block_attention(
     """
     if q_TNH.device.type == "cpu" and torch.is_grad_enabled() and q_TNH.requires_grad:
         raise ValueError(FLEX_CPU_ERROR)
-    run = _compiled_flex() if compiled else flex_attention
+    run: Callable[..., Any] = _compiled_flex() if compiled else flex_attention
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))
-    out = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    out: Tensor = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)

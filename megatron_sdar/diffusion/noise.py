@@ -38,18 +38,33 @@ class NoiseDraw:
     masked: NDArray[np.bool_]
 
 
-def uniforms(key: NoiseKey, document_id: int, count: int) -> NDArray[np.float64]:
-    """`count` uniforms in [0, 1) of the stream of (key, document_id).
+def philox_words(
+    seed: int, epoch: int, stream: tuple[int, int, int], count: int
+) -> NDArray[np.uint64]:
+    """`count` random words of one counter stream of (seed, epoch).
 
     Raw Philox words are used because numpy keeps those, unlike Generator methods, stable
     between versions.
     """
     generator = np.random.Philox(
-        key=np.array([key.seed, key.epoch], dtype=np.uint64),
-        counter=np.array([0, 0, document_id, key.view], dtype=np.uint64),
+        key=np.array([seed, epoch], dtype=np.uint64),
+        counter=np.array([0, *stream], dtype=np.uint64),
     )
-    words = generator.random_raw(count) >> np.uint64(11)
-    return words.astype(np.float64) * UNIFORM_SCALE
+    return generator.random_raw(count)
+
+
+def uniforms(key: NoiseKey, document_id: int, count: int) -> NDArray[np.float64]:
+    """`count` uniforms in [0, 1) of the stream of (key, document_id)."""
+    words = philox_words(key.seed, key.epoch, (0, document_id, key.view), count)
+    return (words >> np.uint64(11)).astype(np.float64) * UNIFORM_SCALE
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of rows in one epoch; other epochs have no influence on it.
+
+    Its stream (1, 0, 0) is apart from every document's (0, document, view).
+    """
+    return np.argsort(philox_words(seed, epoch, (1, 0, 0), num_rows), kind="stable")
 
 
 def draw_noise(

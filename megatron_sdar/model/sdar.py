@@ -30,6 +30,9 @@ from megatron_sdar.parallel.layers import (
     local_weight,
 )
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.model.sdar import EMBEDDING, HEAD, SdarStage
 from megatron_sdar.parallel.sharding import fill_local, local_ranges
 
 ROW_BLOCK = 256
@@ -28,24 +28,25 @@ def materialize(stages: Iterable[nn.Module], device: torch.device) -> None:
         stage.tie_weights()
 
 
-def initialize(
-    stages: Iterable[nn.Module], seed: int, initializer_range: float, vocab_size: int
-) -> None:
+def initialize(stages: Iterable[nn.Module], seed: int) -> None:
     """Initialise as Hugging Face's Qwen3 does: N(0, initializer_range), norm scales 1.
 
-    Vocabulary padding rows become 0 and stay 0: they never reach the loss.
+    Vocabulary padding rows become 0 and stay 0: they never reach the loss. The head of a tied
+    model is drawn under the embedding's name, so that copies on two stages start equal.
     """
     for stage in stages:
+        assert isinstance(stage, SdarStage)
         for name, parameter in stage.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not distributed"
             ranges = local_ranges(parameter)
             if parameter.dim() == 1:
-                values = torch.ones([piece.stop - piece.start for piece in ranges])
-            else:
-                values = _normal_slice(name, parameter.shape, ranges, seed) * initializer_range
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                first_padding = max(0, vocab_size - ranges[0].start)
-                values[first_padding:] = 0.0
+                fill_local(parameter, torch.ones(parameter._local_tensor.shape))
+                continue
+            drawn_as = EMBEDDING if name == HEAD and stage.arch.tie_word_embeddings else name
+            values = _normal_slice(drawn_as, parameter.shape, ranges, seed)
+            values *= stage.arch.initializer_range
+            if name in (EMBEDDING, HEAD):
+                values[max(0, stage.arch.vocab_size - ranges[0].start) :] = 0.0
             fill_local(parameter, values)
 
 

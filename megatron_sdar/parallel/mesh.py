@@ -168,7 +168,7 @@ def build_mesh(
     pipeline_groups = tied_group = None
     if pp > 1:
         columns = mesh.mesh.reshape(pp, -1).T.tolist()
-        pipeline_groups = PipelineGroups(*(_group_per_row(columns) for _ in range(4)))
+        pipeline_groups = PipelineGroups(*(_own_group(columns) for _ in range(4)))
         tied_group = _group_per_row([[ranks[0], ranks[-1]] for ranks in columns])
     return ParallelMesh(mesh, dp_mesh, device, pipeline_groups, tied_group)
 
@@ -176,6 +176,13 @@ def build_mesh(
 def _group_per_row(rows: list[list[int]]) -> dist.ProcessGroup | None:
     """Make one group per row of ranks; returns the one this rank is in."""
     group, _ = dist.new_subgroups_by_enumeration(rows)
+    return group
+
+
+def _own_group(rows: list[list[int]]) -> dist.ProcessGroup:
+    """Like `_group_per_row`, for rows that cover the world."""
+    group = _group_per_row(rows)
+    assert group is not None, "every rank is in one row"
     return group
 
 

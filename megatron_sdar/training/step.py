@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.diffusion.loss import micro_batch_scales
 from megatron_sdar.diffusion.rows import Row
-from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.model.sdar import EMBEDDING, HEAD, SdarStage
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.data_parallel import mark_backward
 from megatron_sdar.parallel.gradients import (
@@ -30,9 +30,6 @@ from megatron_sdar.parallel.layers import partial_gradient_names
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel, sum_over_world
 from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor
 from megatron_sdar.training.batch import to_device
-
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

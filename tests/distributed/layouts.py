@@ -181,7 +181,7 @@ def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdam
     )
     stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy)
     materialize(stages, mesh.device)
-    initialize(stages, SEED, arch.initializer_range, arch.vocab_size)
+    initialize(stages, SEED)
     optimizer = ShardedAdamW(
         named_parameters(stages), OptimConfig(learning_rate=LR, weight_decay=WEIGHT_DECAY)
     )
@@ -200,7 +200,10 @@ def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdam
 def run_layout(layout: Layout, directory: Path) -> None:
     """Run on every rank of the world; each pipeline rank's corner saves what it owns."""
     mesh = build_mesh(
-        torch.device("cpu"), layout.tp, layout.pp, replicate_data_parallel=layout.strategy == "no_shard"
+        torch.device("cpu"),
+        layout.tp,
+        layout.pp,
+        replicate_data_parallel=layout.strategy == "no_shard",
     )
     step, _ = build(layout, mesh)
     initial = _full({name: p.detach() for name, p in step.parameters.items()})

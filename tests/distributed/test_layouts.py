@@ -31,9 +31,7 @@ def _result(
     if layout.world not in worlds:
         directory = tmp_path_factory.mktemp(f"world{layout.world}")
         worlds[layout.world] = directory
-        jobs = [
-            (run_layout, (peer, directory)) for peer in peers if peer.world == layout.world
-        ]
+        jobs = [(run_layout, (peer, directory)) for peer in peers if peer.world == layout.world]
         run_world(layout.world, jobs, directory)
     return read_result(layout, worlds[layout.world])
 

@@ -1,0 +1,69 @@
+# `make` prints what there is. Everything runs in .venv, made on first use; with
+# `make PYTHON=path/to/python ...` that interpreter is used as it is and nothing is installed.
+# Without a GPU, pip may still fetch a CUDA build of torch (gigabytes); to get the CPU one:
+#   make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' venv
+
+TORCH ?= torch==2.13.0
+BASE_PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+DEMO_PROMPT ?= What is 27 + 45?
+PYTEST_ARGS ?=
+CHECKED := megatron_sdar kernels tools tests $(wildcard pretrain_sdar.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow check format clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+venv: $(READY)  ## create .venv and install the project with its tools
+
+# torch goes first and alone: pinned, so that no dependency picks another build of it.
+$(STAMP): pyproject.toml
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about two minutes
+	$(PY) tools/make_demo_data.py --output-dir demo/data
+	$(PY) tools/preprocess_data.py --input demo/data/train.jsonl --tokenizer demo/data/model \
+	    --output-prefix demo/data/arithmetic --overwrite
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 4 \
+	    pretrain_sdar.py configs/tiny_cpu.yaml
+	$(PY) tools/generate.py --model demo/output --prompt '$(DEMO_PROMPT)'
+	@echo
+	@echo 'demo/data/train.jsonl         the documents'
+	@echo 'demo/data/arithmetic.bin/idx  the same, tokenised'
+	@echo 'demo/data/model/              config.json and tokenizer'
+	@echo 'demo/output/                  the trained model, training_loss.png, checkpoints'
+	@echo 'configs/tiny_cpu.yaml         what to change next'
+
+test: $(READY)  ## every test but the slow ones
+	$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## the longer proofs
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(READY)  ## formatting, lint and types, as CI wants them
+	$(PY) -m ruff format --check $(CHECKED)
+	$(PY) -m ruff check $(CHECKED)
+	$(PY) -m mypy
+
+format: $(READY)  ## format the code and repair what lint can
+	$(PY) -m ruff format $(CHECKED)
+	$(PY) -m ruff check --fix $(CHECKED)
+
+clean:  ## remove .venv, caches and the demo
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,265 @@
+"""The model's shape: what config.json says, under its Hugging Face names.
+
+`load_architecture` accepts exactly the models that this trainer computes as Hugging Face does
+(SDAR and Qwen3, dense) and refuses every variant it would get wrong. No default stands in for a
+size, and none for rope_theta, whose usual silent fallback ruins a model.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a dense SDAR model.
+
+    `vocab_size` counts the rows of the published embedding, before padding for tensor
+    parallelism. `block_size` and `mask_token_id` are None when config.json lacks them, as the
+    released SDAR checkpoints do; the caller completes them with `dataclasses.replace`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    initializer_range: float = 0.02
+    model_type: str = "sdar"
+    block_size: int | None = None
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    def to_hf_config(self, torch_dtype: str = "float32") -> dict[str, Any]:
+        """Return the config.json that SGLang, LMDeploy, JetEngine and the remote code read.
+
+        An export always holds lm_head.weight, so it is written as untied even where the training
+        model ties its embeddings. `auto_map` is the exporter's to add when it ships the
+        remote-code files. `torch_dtype` is the dtype of the tensors beside it. ValueError when
+        block_size or mask_token_id is None.
+        """
+        unknown = [n for n in ("block_size", "mask_token_id") if getattr(self, n) is None]
+        if unknown:
+            raise ValueError(
+                f"cannot write config.json: {' and '.join(unknown)} must be known; set them in "
+                "the source config.json (4 and 151669 for the released SDAR models)"
+            )
+        eos = self.eos_token_id
+        return {
+            "architectures": ["SDARForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "block_size": self.block_size,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": self.initializer_range,
+            "intermediate_size": self.intermediate_size,
+            "mask_token_id": self.mask_token_id,
+            "max_position_embeddings": self.max_position_embeddings,
+            "max_window_layers": self.num_hidden_layers,
+            "model_type": "sdar",
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": None,
+            "rope_theta": self.rope_theta,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": torch_dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
+    """Return the number of embedding rows: vocab_size rounded up to a multiple."""
+    return -(-vocab_size // divisible_by) * divisible_by
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+# Key -> (values this trainer computes, what happens otherwise). An absent key means the first.
+_ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "hidden_act": (("silu",), "only SwiGLU with silu is available"),
+    "attention_bias": ((False, None), "projections with bias are not available"),
+    "attention_dropout": ((0, None), "attention dropout is not available"),
+    "use_sliding_window": ((False, None), "sliding-window attention is not available"),
+    "quantization_config": ((None,), "quantised weights cannot be trained, use the bf16 model"),
+    "partial_rotary_factor": ((1, None), "partial rotary embedding is not available"),
+}
+
+
+def load_architecture(model_dir: str | Path) -> Architecture:
+    """Read MODEL_DIR/config.json of model_type sdar or qwen3.
+
+    ValueError names the file and lists everything that is missing, malformed or not supported.
+    """
+    path = Path(model_dir) / "config.json"
+    content = _read_json(path)
+    model_type = content.get("model_type")
+    is_moe = any(content.get(key) for key in ("num_experts", "num_local_experts"))
+    if is_moe or str(model_type).endswith("_moe"):
+        raise ValueError(
+            f"{path}: mixture-of-experts models (model_type {model_type!r}) are not available "
+            "yet; use a dense SDAR or Qwen3 model"
+        )
+    if model_type not in ("sdar", "qwen3"):
+        raise ValueError(f"{path}: model_type is {model_type!r}; use an sdar or qwen3 model")
+
+    problems = _unsupported(content)
+    values: dict[str, Any] = {
+        "model_type": model_type,
+        "rope_theta": _rope_theta(content, problems),
+    }
+    for name in _SIZES:
+        values[name] = _take(content, name, _is_size, "a positive integer", problems)
+    values["rms_norm_eps"] = _take(content, "rms_norm_eps", _is_positive, "above 0", problems)
+    values["tie_word_embeddings"] = _take(
+        content, "tie_word_embeddings", _is_bool, "true or false", problems, False
+    )
+    values["initializer_range"] = _take(
+        content, "initializer_range", _is_positive, "above 0", problems, 0.02
+    )
+    for name in ("block_size", "head_dim"):
+        values[name] = _take(content, name, _is_size, "a positive integer", problems, None)
+    for name in ("mask_token_id", "bos_token_id"):
+        values[name] = _take(content, name, _is_token, "a token id", problems, None)
+    eos = content.get("eos_token_id")
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if eos is not None and not all(_is_token(item) for item in ids):
+        problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+    values["eos_token_id"] = ids if isinstance(eos, list) else eos
+    if not problems:
+        _check_heads(values, problems)
+    if problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
+    return Architecture(**values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot read it: {error.strerror or error}; "
+            "model_name_or_path must be a local directory that holds config.json"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_bool(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+_REQUIRED = object()
+
+
+def _take(
+    content: Mapping[str, Any],
+    name: str,
+    holds: Any,
+    wanted: str,
+    problems: list[str],
+    default: Any = _REQUIRED,
+) -> Any:
+    value = content.get(name)
+    if value is None and default is not _REQUIRED:
+        return default
+    if value is None:
+        problems.append(f"{name} is missing; it must be {wanted}")
+    elif not holds(value):
+        problems.append(f"{name} is {value!r}; it must be {wanted}")
+    return value
+
+
+def _unsupported(content: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{key} is {content[key]!r}; {advice}"
+        for key, (values, advice) in _ONLY.items()
+        if key in content and content[key] not in values
+    ]
+    kinds = set(content.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        problems.append(f"layer_types has {sorted(kinds)}; only full_attention is available")
+    return problems
+
+
+def _rope_theta(content: Mapping[str, Any], problems: list[str]) -> Any:
+    """rope_theta stands at the top, or inside rope_parameters (transformers 5)."""
+    found = [content["rope_theta"]] if content.get("rope_theta") is not None else []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = content.get(name)
+        if rope is None:
+            continue
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
+        if kind not in ("default", None):
+            problems.append(f"{name} is {rope!r}; only plain rotary embedding is available")
+        elif rope.get("partial_rotary_factor", 1) != 1:
+            problems.append(f"{name} is {rope!r}; partial rotary embedding is not available")
+        elif rope.get("rope_theta") is not None:
+            found.append(rope["rope_theta"])
+    if not found:
+        problems.append("rope_theta is missing; it must be above 0 (1000000 for SDAR and Qwen3)")
+        return None
+    if any(theta != found[0] for theta in found):
+        problems.append(f"rope_theta is given as {' and as '.join(map(str, found))}; keep one")
+    if not _is_positive(found[0]):
+        problems.append(f"rope_theta is {found[0]!r}; it must be above 0")
+    return found[0]
+
+
+def _check_heads(values: dict[str, Any], problems: list[str]) -> None:
+    """Fill in head_dim and check what relates the sizes, which are all valid by now."""
+    heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    if values["head_dim"] is None and values["hidden_size"] % heads:
+        problems.append(
+            f"head_dim is missing and hidden_size={values['hidden_size']} is not a multiple of "
+            f"num_attention_heads={heads}; write head_dim"
+        )
+        return
+    values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
+    if values["head_dim"] % 2:
+        problems.append(f"head_dim is {values['head_dim']}; rotary embedding needs an even one")
+    if heads % kv_heads:
+        problems.append(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )

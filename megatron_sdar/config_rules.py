@@ -1,0 +1,186 @@
+"""Every rule that relates configuration values to each other, to the model and to the machine.
+
+`validate` is the one place where a run is refused before it starts: it collects all violated
+rules and raises once. Each line names the keys, their values and what would fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from math import lcm
+
+from megatron_sdar.architecture import Architecture, padded_vocab_size
+from megatron_sdar.config_fields import (
+    SECTION_TYPES,
+    ParallelConfig,
+    SdarConfig,
+    value_problem,
+)
+
+
+def validate(config: SdarConfig, architecture: Architecture, world_size: int) -> None:
+    """Check `config` for training `architecture` on `world_size` processes.
+
+    `architecture` is the model that will be trained: a block size or mask token that config.json
+    lacks and the caller knows from elsewhere is already filled in. Raises one ValueError that
+    lists every violated rule.
+    """
+    problems = [
+        *_values(config),
+        *_data(config, architecture),
+        *_tensor_parallel(config, architecture),
+        *_pipeline(config.parallel, architecture),
+        *_world(config.parallel, world_size),
+        *_training(config),
+    ]
+    if problems:
+        raise ValueError("\n".join(["the configuration does not fit:", *problems]))
+
+
+def _values(config: SdarConfig) -> Iterator[str]:
+    for name, section in SECTION_TYPES.items():
+        for key in fields(section):
+            problem = value_problem(key, getattr(getattr(config, name), key.name))
+            if problem is not None:
+                yield problem
+
+
+def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
+    data = config.data
+    if bool(data.dataset) == bool(data.data_path):
+        found = "both are" if data.dataset else "neither is"
+        yield f"exactly one of dataset and data_path must be given, {found}"
+    if data.mask_history and data.train_on_prompt:
+        yield "mask_history and train_on_prompt exclude each other; keep one of them"
+
+    if None not in (data.block_length, architecture.block_size) and (
+        data.block_length != architecture.block_size
+    ):
+        yield (
+            f"block_length={data.block_length} but config.json has "
+            f"block_size={architecture.block_size}; make them equal"
+        )
+    block = data.block_length or architecture.block_size
+    if block is None:
+        yield (
+            "block_length is not given and config.json has no block_size; set block_length "
+            "(4 is what the released SDAR models were pretrained with)"
+        )
+    elif data.cutoff_len % block:
+        below = data.cutoff_len // block * block
+        fits = f"{below} or {below + block}" if below else str(block)
+        yield (
+            f"cutoff_len={data.cutoff_len} is not a multiple of block_length={block}; use {fits}"
+        )
+
+    mask, vocab = architecture.mask_token_id, architecture.vocab_size
+    if mask is None:
+        yield (
+            "mask_token_id is unknown: config.json has none; add it there (151669 for the Qwen3 "
+            "vocabulary) or give a tokenizer that has <|MASK|>"
+        )
+    elif not 0 <= mask < vocab:
+        yield (
+            f"mask_token_id={mask} is outside the vocabulary of {vocab}; "
+            f"raise vocab_size in config.json to at least {mask + 1}"
+        )
+
+
+def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
+    parallel, tp = config.parallel, config.parallel.tensor_model_parallel_size
+    if tp < 1:
+        return  # said by _values, and nothing can be divided by it
+    counts = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "intermediate_size": architecture.intermediate_size,
+    }
+    key_value_heads = architecture.num_key_value_heads
+
+    def divides(size: int) -> bool:
+        return not any(count % size for count in counts.values()) and _shares(key_value_heads, size)
+
+    sizes = [str(s) for s in range(1, architecture.num_attention_heads + 1) if divides(s)]
+    fits = f"sizes that fit this model: {', '.join(sizes)}"
+    for name, count in counts.items():
+        if count % tp:
+            yield f"tensor_model_parallel_size={tp} does not divide {name}={count}; {fits}"
+    if not _shares(key_value_heads, tp):
+        yield (
+            f"tensor_model_parallel_size={tp} neither divides num_key_value_heads="
+            f"{key_value_heads} nor is a multiple of it; {fits}"
+        )
+    divisor = config.model.make_vocab_size_divisible_by
+    if divisor >= 1:
+        padded = padded_vocab_size(architecture.vocab_size, divisor)
+        if padded % tp:
+            yield (
+                f"the padded vocabulary of {padded} is not a multiple of "
+                f"tensor_model_parallel_size={tp}; "
+                f"set make_vocab_size_divisible_by: {lcm(divisor, tp)}"
+            )
+    rows, cutoff = config.training.per_device_train_batch_size, config.data.cutoff_len
+    if parallel.sequence_parallel and (2 * cutoff * rows) % tp:
+        yield (
+            f"with sequence_parallel the 2 * cutoff_len * per_device_train_batch_size = "
+            f"{2 * cutoff * rows} positions must divide by tensor_model_parallel_size={tp}; "
+            f"make cutoff_len a multiple of {tp} or set sequence_parallel: false"
+        )
+
+
+def _shares(key_value_heads: int, tp: int) -> bool:
+    """Whether tp ranks split the key/value heads evenly or replicate each the same times."""
+    return key_value_heads % tp == 0 or tp % key_value_heads == 0
+
+
+def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    pp = parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    layers, chunks = architecture.num_hidden_layers, pp * vpp
+    if vpp > 1 and pp == 1:
+        yield (
+            f"virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1; "
+            "set it to 1 or raise the latter"
+        )
+    if layers < chunks:
+        yield (
+            f"pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size={vpp} = "
+            f"{chunks} chunks need as many layers, the model has {layers}; "
+            f"use at most {layers} chunks"
+        )
+    split = parallel.num_layers_per_pipeline_stage
+    if split is None:
+        return
+    if len(split) != chunks or sum(split) != layers:
+        yield (
+            f"num_layers_per_pipeline_stage={list(split)} must have {chunks} entries "
+            f"(stages x chunks) that sum to {layers} layers; "
+            f"it has {len(split)} that sum to {sum(split)}"
+        )
+
+
+def _world(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    group = tp * pp * cp
+    if min(tp, pp, cp) >= 1 and (world_size < 1 or world_size % group):
+        below = world_size // group * group
+        fits = f"{below} or {below + group}" if below >= group else str(group)
+        yield (
+            f"{world_size} processes cannot be divided into groups of tensor {tp} x pipeline {pp} "
+            f"x context {cp} = {group}; launch {fits} (any multiple of {group}) or change the sizes"
+        )
+
+
+def _training(config: SdarConfig) -> Iterator[str]:
+    training = config.training
+    if training.bf16 and training.fp64:
+        yield "bf16 and fp64 exclude each other; keep one of them"
+    if training.max_steps == 0:
+        yield "max_steps=0 would train nothing; use a positive number, or -1 for num_train_epochs"
+    for name, value in (
+        ("logging_steps", training.logging_steps),
+        ("save_steps", training.save_steps),
+    ):
+        if value > 1 and value != int(value):
+            yield f"{name}={value} must be a whole number of steps, or a fraction below 1"
+    if training.device == "cpu" and config.parallel.ddp_backend == "nccl":
+        yield "ddp_backend: nccl needs CUDA and device is cpu; use gloo"

@@ -1,0 +1,140 @@
+"""Configuration text: YAML files and key=value arguments, read with their positions.
+
+Scalars follow the YAML 1.2 core schema, not PyYAML's 1.1: `1e-5` is a number, `no` is text (so
+`save_strategy: no` means what it says) and `1:30` is not sexagesimal. Every entry knows the
+file and line it came from. Nothing is ever constructed but plain data.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_SCALARS = (
+    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class protocol)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either schema would misread, so that other YAML readers agree too."""
+
+    def text(self, data: str) -> yaml.ScalarNode:
+        # Left to itself PyYAML writes U+0085 and its like as line breaks and reads spaces back.
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
+
+for _name, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key as written. `text` is the literal argument when it came from the command line."""
+
+    key: str
+    value: object
+    where: str
+    text: str | None = None
+
+
+def read_file(path: str | Path) -> list[Entry]:
+    """Read a flat YAML mapping. ValueError names the file and, where it can, the line."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{path}: cannot read this configuration file: {reason}") from error
+    try:
+        loader = _Loader(content)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(
+                f"{path}: expected lines of the form `key: value`, found "
+                f"{'an empty file' if node is None else _shown(node)}"
+            )
+        for mapping in (node, *(value for _, value in node.value)):
+            _reject_duplicates(mapping, path)
+        return [
+            Entry(key.value, loader.construct_object(value, deep=True), f"{path}:{_line(key)}")
+            for key, value in node.value
+        ]
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _reject_duplicates(node: yaml.Node | None, path: str | Path) -> None:
+    """Check one mapping, not those inside it; a node of another kind passes."""
+    seen: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        where = f"{path}:{_line(key)}"
+        if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
+            raise ValueError(f"{where}: keys must be plain names, found {_shown(key)}")
+        if key.value in seen:
+            raise ValueError(
+                f"{where}: {key.value!r} is already given on line {seen[key.value]}; keep one"
+            )
+        seen[key.value] = _line(key)
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def parse_override(argument: str) -> Entry:
+    """Read one `key=value` argument; the value is YAML (`null`, `1e-5`, `[1, 2]`, `text`)."""
+    key, separator, text = argument.partition("=")
+    if not separator or not key.isidentifier():
+        raise ValueError(
+            f"command line: {argument!r} is not of the form key=value "
+            "(such as learning_rate=1e-5, without dashes or spaces)"
+        )
+    where = f"command line ({argument})"
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _reject_duplicates(node, where)
+        value = None if node is None else loader.construct_object(node, deep=True)
+    except yaml.YAMLError:
+        # Not YAML, yet a fine path or sentence; a key of another type refuses it by name.
+        return Entry(key, text, where, text)
+    quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+    return Entry(key, value, where, str(value) if quoted else text)
+
+
+def write_file(path: str | Path, header: str, values: Mapping[str, Any]) -> None:
+    """Write a flat mapping that `read_file` reads back to equal values."""
+    text = yaml.dump(
+        dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
+    )
+    Path(path).write_text(f"# {header}\n{text}", encoding="utf-8")

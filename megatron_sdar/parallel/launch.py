@@ -1,0 +1,82 @@
+"""Leaving together: one readable message, exit code 1 on every rank, no hang.
+
+torchrun kills the other ranks as soon as one exits, so a rank that leaves first could take the
+message of rank 0 with it. Errors known on all ranks therefore pass through here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from megatron_sdar.parallel.mesh import LaunchInfo, agree, start_process_group
+
+LEAVE_TIMEOUT_SECONDS = 20
+
+Result = TypeVar("Result")
+
+
+def run_on_main(function: Callable[[], Result]) -> Result | None:
+    """Run on rank 0 only while the others wait; its error becomes everybody's.
+
+    Returns:
+        The function's result on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: on every rank, when rank 0 raised ValueError or OSError.
+
+    Collective: broadcast_object_list (world).
+    """
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    agreed = agree(error)
+    if agreed is not None:
+        raise ValueError(agreed)
+    return result
+
+
+def leave_together(message: str, launch: LaunchInfo) -> NoReturn:
+    """Print the error once and exit with code 1 on every rank.
+
+    Ranks exchange their messages; rank 0 prints each distinct one. A rank whose peers did not
+    fail waits at most LEAVE_TIMEOUT_SECONDS for them, then prints its own and leaves, and
+    torchrun stops the others.
+
+    Collective: all_gather_object (world), with its own timeout.
+    """
+    try:
+        for text in _exchange(message, launch):
+            print(f"error: {text}", file=sys.stderr)
+    except RuntimeError:
+        print(f"rank {launch.rank}: error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter teardown with a live process group may abort and replace the exit code.
+    os._exit(1)
+
+
+def _exchange(message: str, launch: LaunchInfo) -> list[str]:
+    """On rank 0 the distinct messages of all ranks, elsewhere nothing."""
+    if launch.world_size == 1:
+        return [message]
+    # The first exit makes torchrun send SIGTERM to the rest, which would then not exit with 1.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not dist.is_initialized():
+        start_process_group(launch, "cpu", "gloo", LEAVE_TIMEOUT_SECONDS)
+    timeout = timedelta(seconds=LEAVE_TIMEOUT_SECONDS)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    messages: list[str] = [""] * launch.world_size
+    dist.all_gather_object(messages, message, group=group)
+    if launch.rank != 0:
+        return []
+    return list(dict.fromkeys(messages))

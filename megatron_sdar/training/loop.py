@@ -1,0 +1,273 @@
+"""The training run: steps, logging, checkpoints, export, summary.
+
+State that must survive a restart is the step count, the loader's position and the sums behind
+the next log line; all of it is in the checkpoint's JSON. Everything else follows from the
+configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.checkpoint.hf_export import export_hf
+from megatron_sdar.checkpoint.hf_import import load_hf_weights
+from megatron_sdar.checkpoint.native import load_checkpoint, prune_checkpoints, save_checkpoint
+from megatron_sdar.checkpoint.run_directory import resolve_resume
+from megatron_sdar.config import SdarConfig
+from megatron_sdar.data.loader import RowLoader
+from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.model.weights import initialize
+from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
+from megatron_sdar.parallel.launch import run_on_main
+from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord
+from megatron_sdar.training.plot import plot_loss
+from megatron_sdar.training.setup import (
+    describe_pack,
+    make_loader,
+    make_stages,
+    make_step,
+    pack,
+    prepare_data,
+    tokenizer_path,
+)
+from megatron_sdar.training.step import StepResult, TrainingStep
+
+
+@dataclass
+class Interval:
+    """Sums since the last logged step."""
+
+    steps: int = 0
+    loss: float = 0.0
+    label_tokens: int = 0
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.loss += result.loss
+        self.label_tokens += result.label_tokens
+
+
+def total_steps(config: SdarConfig, loader: RowLoader) -> int:
+    """max_steps, or the steps that num_train_epochs passes take, rounded up."""
+    if config.training.max_steps > 0:
+        return config.training.max_steps
+    rows = config.training.num_train_epochs * loader.num_rows
+    return max(1, math.ceil(rows / loader.rows_per_step))
+
+
+def steps_between(value: float, total: int) -> int:
+    """logging_steps or save_steps: a step count, or below 1 a fraction of all steps."""
+    return max(1, math.ceil(value * total) if value < 1 else int(value))
+
+
+class TrainingRun:
+    """One run on this rank.
+
+    Args:
+        config: validated configuration.
+        arch: from setup.resolve_architecture.
+        mesh: the rank grid.
+    """
+
+    def __init__(self, config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> None:
+        self.config = config
+        self.arch = arch
+        self.mesh = mesh
+        self.output_dir = Path(config.training.output_dir)
+        self.say: Callable[[str], None] = _print_line if mesh.is_main else _stay_quiet
+        self.done = 0
+        self.interval = Interval()
+        self.first_loss = self.last_loss = math.nan
+
+    def run(self) -> None:
+        """Train to the last step and leave checkpoints, log, plot and export behind.
+
+        Raises:
+            ValueError, OSError: a user's error.
+            FloatingPointError: loss or gradients are not finite, on every rank.
+
+        Collectives: all of training.
+        """
+        started = time.monotonic()
+        run_on_main(lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
+        training = self.config.training
+        resume = resolve_resume(
+            self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir
+        )
+        store = prepare_data(self.config, self.say)
+        index = pack(self.config, self.arch, store)
+        self.say(describe_pack(index, self.config))
+        loader = make_loader(self.config, self.arch, self.mesh, store, index)
+        stages = make_stages(self.config, self.arch, self.mesh)
+        if resume is None:
+            self._start_weights(stages)
+        step = make_step(self.config, self.arch, self.mesh, stages)
+        if resume is not None:
+            self._resume(resume, step, loader)
+        total = total_steps(self.config, loader)
+        self.say(self._describe(loader, total))
+        last_checkpoint = self._train(step, loader, total)
+        loader.close()
+        if training.export_hf:
+            run_on_main(lambda: self._export(last_checkpoint))
+        self.say(self._summary(total, time.monotonic() - started, last_checkpoint))
+
+    def _start_weights(self, stages: list[SdarStage]) -> None:
+        model = self.config.model
+        if model.train_from_scratch:
+            initialize(stages, self.config.training.seed)
+            self.say(f"weights: random (seed {self.config.training.seed})")
+        else:
+            report = load_hf_weights(
+                stages,
+                self.arch,
+                model.model_name_or_path,
+                model.mask_token_init,
+                seed=self.config.training.seed,
+            )
+            self.say(report.format())
+
+    def _resume(self, path: Path, step: TrainingStep, loader: RowLoader) -> None:
+        state = load_checkpoint(path, step.stages, step.optimizer)
+        self.done = int(state["step"])
+        loader.load_state_dict(state["loader"])
+        self.interval = Interval(**state["interval"])
+        self.first_loss = state["first_loss"] if state["first_loss"] is not None else math.nan
+        self.say(f"resumed from {path}: step {self.done}, epoch {loader.epoch:.3f}")
+
+    def _train(self, step: TrainingStep, loader: RowLoader, total: int) -> Path:
+        training, optim = self.config.training, self.config.optim
+        log_every = steps_between(training.logging_steps, total)
+        save_every = steps_between(training.save_steps, total)
+        warmup = resolve_warmup_steps(optim.warmup_steps, optim.warmup_ratio, total)
+        checkpoint: Path | None = None
+        with self._reporting(total) as reporter:
+            logged_at = time.monotonic()
+            while self.done < total:
+                factor = lr_multiplier(
+                    optim.lr_scheduler_type, self.done, total, warmup, optim.lr_scheduler_kwargs
+                )
+                lr = optim.learning_rate * factor
+                result = self._step(step, loader, lr)
+                self.done += 1
+                self.interval.add(result)
+                if reporter is not None:
+                    reporter.advance(self.done)
+                if self.done % log_every == 0 or self.done == total:
+                    now = time.monotonic()
+                    if reporter is not None:
+                        reporter.log(self._record(result, lr, loader, now - logged_at))
+                    logged_at, self.interval = now, Interval()
+                periodic = training.save_strategy == "steps" and self.done % save_every == 0
+                if periodic or self.done == total:
+                    checkpoint = self._save(step, loader)
+        if checkpoint is None:
+            raise ValueError(
+                f"{self.output_dir}: step {self.done} of {total} is already done; raise max_steps "
+                "or num_train_epochs to go on, or set overwrite_output_dir: true to start afresh"
+            )
+        return checkpoint
+
+    def _reporting(self, total: int) -> AbstractContextManager[Reporter | None]:
+        if self.mesh.is_main:
+            return Reporter(self.output_dir, total, self.done)
+        return nullcontext()
+
+    def _step(self, step: TrainingStep, loader: RowLoader, lr: float) -> StepResult:
+        position = loader.position
+        try:
+            result = step.run(loader.next_step(), lr)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {self.done + 1} (rows {position} to {loader.position - 1} of the stream) "
+                f"is not finite: {error}; no weight was changed. Lower learning_rate, or resume "
+                "from an earlier checkpoint with another seed"
+            ) from error
+        if math.isnan(self.first_loss):
+            self.first_loss = result.loss
+        self.last_loss = result.loss
+        return result
+
+    def _record(
+        self, result: StepResult, lr: float, loader: RowLoader, seconds: float
+    ) -> StepRecord:
+        steps = self.interval.steps
+        positions = 2 * self.config.data.cutoff_len * loader.rows_per_step * steps
+        return StepRecord(
+            step=self.done,
+            loss=self.interval.loss / steps,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            epoch=loader.epoch,
+            label_tokens_per_s=self.interval.label_tokens / seconds,
+            row_tokens_per_s=positions / seconds,
+        )
+
+    def _save(self, step: TrainingStep, loader: RowLoader) -> Path:
+        state: dict[str, Any] = {
+            "step": self.done,
+            "loader": loader.state_dict(),
+            "interval": vars(self.interval),
+            "first_loss": self.first_loss,
+        }
+        training = self.config.training
+        path = save_checkpoint(
+            self.output_dir,
+            self.done,
+            step.stages,
+            None if training.save_only_model else step.optimizer,
+            state,
+            self.config,
+            self.arch,
+            self.mesh,
+            [self.config.model.model_name_or_path, tokenizer_path(self.config)],
+        )
+        if training.save_total_limit is not None:
+            limit = training.save_total_limit
+            run_on_main(lambda: prune_checkpoints(self.output_dir, limit))
+        return path
+
+    def _export(self, checkpoint: Path) -> None:
+        export_hf(checkpoint, self.output_dir, into_existing=True)
+        if self.config.training.plot_loss:
+            plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
+
+    def _describe(self, loader: RowLoader, total: int) -> str:
+        mesh, parallel = self.mesh, self.config.parallel
+        return (
+            f"layout: tp {mesh.tp_size} x pp {mesh.pp_size} x dp {mesh.dp_size}"
+            f" (vpp {parallel.virtual_pipeline_model_parallel_size},"
+            f" {parallel.data_parallel_sharding_strategy}); "
+            f"{loader.rows_per_step} rows per step, {total} steps, "
+            f"{total * loader.rows_per_step / loader.num_rows:.2f} epochs"
+        )
+
+    def _summary(self, total: int, seconds: float, checkpoint: Path) -> str:
+        lines = [
+            "",
+            f"done: {total} steps in {seconds:.0f} s; loss {self.first_loss:.4f} -> "
+            f"{self.last_loss:.4f}",
+            f"  checkpoint        {checkpoint}",
+            f"  log               {self.output_dir / LOG_NAME}",
+        ]
+        if self.config.training.plot_loss:
+            lines.append(f"  loss plot         {self.output_dir / 'training_loss.png'}")
+        if self.config.training.export_hf:
+            lines.append(f"  Hugging Face model {self.output_dir} (config.json, safetensors)")
+        return "\n".join(lines)
+
+
+def _print_line(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stay_quiet(text: str) -> None:
+    del text

@@ -1,0 +1,79 @@
+"""Train SDAR: `torchrun --nproc_per_node N pretrain_sdar.py CONFIG.yaml [key=value ...]`.
+
+Parses the configuration, builds the mesh and runs; there is no logic here. Plain `python`
+starts a world of one. Every error of the user ends in one message and exit code 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_sdar.config import describe_keys, load_config, validate
+from megatron_sdar.parallel.launch import leave_together
+from megatron_sdar.parallel.mesh import (
+    build_mesh,
+    read_launch_info,
+    start_process_group,
+    stop_process_group,
+)
+from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.setup import resolve_architecture
+
+USAGE = """\
+usage: torchrun --nproc_per_node N pretrain_sdar.py CONFIG.yaml [key=value ...]
+       python pretrain_sdar.py CONFIG.yaml [key=value ...]          (one process)
+
+Trains an SDAR block-diffusion language model on N = tp x pp x dp processes. CONFIG.yaml is a
+flat YAML file of the keys below; key=value behind it replaces single keys. For example:
+
+  torchrun --nproc_per_node 4 pretrain_sdar.py configs/tiny_cpu.yaml max_steps=100
+  torchrun --nproc_per_node 8 pretrain_sdar.py my.yaml tensor_model_parallel_size=4
+
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the job described by argv."""
+    launch = read_launch_info()
+    if not argv or argv[0] in ("-h", "--help"):
+        if launch.rank == 0:
+            print(USAGE + describe_keys())
+        return
+    try:
+        config = load_config(argv)
+        arch = resolve_architecture(config)
+        validate(config, arch, launch.world_size)
+        device_type = _device_type(config.training.device)
+    except (ValueError, OSError) as error:
+        leave_together(str(error), launch)
+    if launch.rank == 0:
+        for warning in config.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    parallel = config.parallel
+    device = start_process_group(launch, device_type, parallel.ddp_backend, parallel.ddp_timeout)
+    try:
+        mesh = build_mesh(
+            device,
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.data_parallel_sharding_strategy == "no_shard",
+        )
+        TrainingRun(config, arch, mesh).run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        leave_together(str(error), launch)
+    del mesh
+    stop_process_group()
+
+
+def _device_type(name: str) -> str:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device: cuda, but torch finds no GPU here; use device: cpu or auto")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

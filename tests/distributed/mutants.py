@@ -1,0 +1,122 @@
+"""Deliberate defects, each of the kind that parallel trainers have shipped.
+
+A mutant patches the product inside the spawned ranks; the equality suite must then go red.
+Each one names the complaint it stands for (NeMo-RL 3716: missed q/k-norm reduce; per-micro-batch
+denominators; Megatron-Bridge 2952: middle stages without packing metadata; and others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from distributed.layouts import Layout, run_layout
+from sdar_kernels.attention import AttentionPlan
+
+from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.parallel import collectives
+from megatron_sdar.training import step as training_step
+
+Patch = Callable[[], mock._patch]
+
+
+def _no_partial_sum() -> mock._patch:
+    return mock.patch.object(training_step, "sum_partial_gradients", lambda *_: None)
+
+
+def _no_qk_norm_sum() -> mock._patch:
+    original = training_step.sum_partial_gradients
+
+    def skipping(gradients: dict, names: set, mesh: object) -> None:
+        original(gradients, {n for n in names if "q_norm" not in n and "k_norm" not in n}, mesh)
+
+    return mock.patch.object(training_step, "sum_partial_gradients", skipping)
+
+
+def _denominator_per_micro_batch() -> mock._patch:
+    def scales(counts: list, total: int, normalization: str, dp_size: int) -> list[float]:
+        del total, normalization
+        return [1.0 / (max(count, 1) * len(counts) * dp_size) for count in counts]
+
+    return mock.patch.object(training_step, "micro_batch_scales", scales)
+
+
+def _local_denominator() -> mock._patch:
+    return mock.patch.object(
+        training_step, "sum_over_data_parallel", lambda value, mesh: value * mesh.dp_size
+    )
+
+
+def _middle_stage_without_metadata() -> mock._patch:
+    original = SdarStage.forward
+
+    def forward(
+        self: SdarStage, hidden: object, batch: object, return_logits: bool = False
+    ) -> object:
+        if not self.stage.is_first and not self.stage.is_last:
+            # What a stage without packing metadata computes: plain causal attention.
+            tokens = batch.num_tokens
+            intervals = np.zeros((tokens, 4), dtype=np.int32)
+            intervals[:, 1] = np.arange(1, tokens + 1)
+            plan = AttentionPlan.build(intervals, np.zeros(1, dtype=np.int64), "cpu")
+            batch = replace(batch, plan=plan)
+        return original(self, hidden, batch, return_logits)
+
+    return mock.patch.object(SdarStage, "forward", forward)
+
+
+def _middle_stage_without_positions() -> mock._patch:
+    original = SdarStage.forward
+
+    def forward(
+        self: SdarStage, hidden: object, batch: object, return_logits: bool = False
+    ) -> object:
+        if not self.stage.is_first and not self.stage.is_last:
+            batch = replace(batch, position_ids=batch.position_ids * 0)
+        return original(self, hidden, batch, return_logits)
+
+    return mock.patch.object(SdarStage, "forward", forward)
+
+
+def _no_tied_sum() -> mock._patch:
+    return mock.patch.object(training_step, "sum_tied_gradients", lambda *_: None)
+
+
+def _norm_counts_replicas_twice() -> mock._patch:
+    return mock.patch("megatron_sdar.parallel.gradients.replication", lambda tensor: 1)
+
+
+def _no_input_gradient_sum() -> mock._patch:
+    return mock.patch.object(
+        collectives._CopyToRegion, "backward", staticmethod(lambda ctx, grad: (grad, None))
+    )
+
+
+MUTANTS: dict[str, tuple[Patch, Layout]] = {
+    "no_partial_sum": (_no_partial_sum, Layout("m1", tp=2, sequence_parallel=True)),
+    "no_qk_norm_sum": (_no_qk_norm_sum, Layout("m2", tp=2)),
+    "denominator_per_micro_batch": (_denominator_per_micro_batch, Layout("m3", dp=2)),
+    "local_denominator": (_local_denominator, Layout("m4", dp=2)),
+    "no_tied_sum": (_no_tied_sum, Layout("m5", pp=2, tied=True)),
+    "norm_counts_replicas_twice": (_norm_counts_replicas_twice, Layout("m6", tp=2)),
+    "no_input_gradient_sum": (_no_input_gradient_sum, Layout("m7", tp=2)),
+    "middle_stage_without_metadata": (_middle_stage_without_metadata, Layout("m8", pp=4)),
+    "middle_stage_without_positions": (_middle_stage_without_positions, Layout("m9", pp=4)),
+}
+
+
+@contextmanager
+def _applied(name: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(MUTANTS[name][0]())
+        yield
+
+
+def run_mutant(name: str, directory: Path) -> None:
+    """Run the mutant's layout with its defect in place (on every rank of the world)."""
+    with _applied(name):
+        run_layout(MUTANTS[name][1], directory)

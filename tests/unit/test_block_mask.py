@@ -1,0 +1,198 @@
+"""Key intervals and tile lists: equal to the attention rule in words and to torch's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sdar_kernels.attention import AttentionPlan
+from sdar_kernels.block_mask import make_attention_mask, tile_counts
+from sdar_kernels.flex_attention import interval_mask_mod, make_block_mask
+from sdar_kernels.reference import dense_mask
+from torch.nn.attention.flex_attention import create_block_mask
+from unit.packings import Packing, concatenated, random_packing, rule_mask
+
+BLOCK_LENGTHS = (1, 2, 3, 4, 8)
+
+
+def _dense(packing: Packing) -> torch.Tensor:
+    return dense_mask(torch.from_numpy(packing.row.key_intervals))
+
+
+@pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
+def test_intervals_are_the_rule_in_words(block_length: int) -> None:
+    for seed in range(12):
+        packing = random_packing(seed, block_length, max_documents=3, max_blocks=4)
+        assert torch.equal(_dense(packing), rule_mask(packing.tokens)), f"seed {seed}"
+
+
+def test_intervals_of_a_long_block_are_the_rule_in_words() -> None:
+    packing = random_packing(5, 64, max_documents=2, max_blocks=2)
+    assert torch.equal(_dense(packing), rule_mask(packing.tokens))
+
+
+def test_intervals_of_concatenated_rows_are_the_rule_in_words() -> None:
+    row, tokens = concatenated([random_packing(seed, 4, max_blocks=3) for seed in (1, 2, 3)])
+    assert torch.equal(dense_mask(torch.from_numpy(row.key_intervals)), rule_mask(tokens))
+
+
+@pytest.fixture(params=range(20))
+def packing(request: pytest.FixtureRequest) -> Packing:
+    return random_packing(request.param, BLOCK_LENGTHS[request.param % 5])
+
+
+def _pairs(packing: Packing) -> list[tuple[int, int]]:
+    return [(int(q), int(k)) for q, k in _dense(packing).nonzero()]
+
+
+def test_every_query_sees_a_key(packing: Packing) -> None:
+    assert _dense(packing).any(dim=1).all()
+
+
+def test_clean_tokens_never_see_noisy_ones(packing: Packing) -> None:
+    tokens = packing.tokens
+    seen = {tokens[k].copy for q, k in _pairs(packing) if tokens[q].copy == "clean"}
+    assert seen <= {"clean"}
+
+
+def test_nothing_crosses_documents(packing: Packing) -> None:
+    tokens = packing.tokens
+    assert all(tokens[q].document == tokens[k].document for q, k in _pairs(packing))
+
+
+def test_padding_sees_itself_only_and_nobody_else_sees_it(packing: Packing) -> None:
+    tokens = packing.tokens
+    pairs = [p for p in _pairs(packing) if "padding" in (tokens[p[0]].copy, tokens[p[1]].copy)]
+    assert len(pairs) == packing.row.num_padding
+    assert all(query == key for query, key in pairs)
+
+
+def test_noisy_views_of_a_document_do_not_see_each_other(packing: Packing) -> None:
+    tokens = packing.tokens
+    noisy = [p for p in _pairs(packing) if tokens[p[1]].copy == "noisy"]
+    assert all(tokens[q] == tokens[k] for q, k in noisy)
+
+
+def test_a_noisy_block_never_sees_its_own_clean_block(packing: Packing) -> None:
+    tokens = packing.tokens
+    for query, key in _pairs(packing):
+        if tokens[query].copy == "noisy" and tokens[key].copy == "clean":
+            assert tokens[key].block < tokens[query].block
+
+
+def test_attention_is_bidirectional_inside_a_block(packing: Packing) -> None:
+    dense, tokens = _dense(packing), packing.tokens
+    for i, first in enumerate(tokens):
+        for j in range(i + 1, min(i + packing.block_length, len(tokens))):
+            if first == tokens[j] and first.copy != "padding":
+                assert dense[i, j]
+                assert dense[j, i]
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(1, 1), (16, 16), (7, 5), (64, 16)])
+def test_tile_counts_are_the_sums_of_the_dense_mask(query_block: int, key_block: int) -> None:
+    for seed in range(15):
+        packing = random_packing(seed, 1 + seed % 6)
+        dense = _dense(packing).numpy()
+        total = dense.shape[0]
+        rows, columns = -(-total // query_block), -(-total // key_block)
+        padded = np.zeros((rows * query_block, columns * key_block), dtype=np.int64)
+        padded[:total, :total] = dense
+        expected = padded.reshape(rows, query_block, columns, key_block).sum(axis=(1, 3))
+        assert np.array_equal(
+            tile_counts(packing.row.key_intervals, query_block, key_block), expected
+        )
+
+
+def test_tile_counts_stay_exact_for_a_long_row() -> None:
+    # One document of 200k tokens: 2e10 pairs, past what int32 could count.
+    ends = (np.arange(200_000) // 4 + 1) * 4
+    intervals = np.zeros((200_000, 4), dtype=np.int32)
+    intervals[:, 1] = ends
+    counts = tile_counts(intervals, 128, 128)
+    assert counts.sum() == ends.sum()
+    assert counts.min() == 0
+    assert counts.max() == 128 * 128
+
+
+LISTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_block_mask_is_torchs_tensor_for_tensor(tile: int) -> None:
+    sizes, num_full = set(), 0
+    for seed in range(30):
+        packing = random_packing(100 * tile + seed, (1, 4, 16, 48)[seed % 4], max_blocks=6)
+        mask = packing.mask()
+        ours = make_block_mask(mask, tile)
+        total = mask.num_tokens
+        theirs = create_block_mask(
+            interval_mask_mod(mask.key_intervals), 1, 1, total, total, "cpu", BLOCK_SIZE=tile
+        )
+        assert ours.seq_lengths == theirs.seq_lengths
+        assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+        for name in LISTS:
+            left, right = getattr(ours, name), getattr(theirs, name)
+            assert left.dtype == right.dtype, name
+            assert torch.equal(left, right), f"seed {seed}: {name}"
+        sizes.add(total % tile == 0)
+        num_full += int(ours.full_kv_num_blocks.sum())
+    assert False in sizes, "some lengths must not be multiples of the tile"
+    assert num_full > 0, "some tiles must be full"
+
+
+def test_the_flex_mask_function_is_the_dense_mask() -> None:
+    packing = random_packing(3, 4)
+    intervals = torch.from_numpy(packing.row.key_intervals)
+    places = torch.arange(intervals.shape[0])
+    zero = torch.zeros((), dtype=torch.int64)
+    mod = interval_mask_mod(intervals)(zero, zero, places[:, None], places[None, :])
+    assert torch.equal(mod, _dense(packing))
+
+
+@pytest.mark.parametrize("query_tile", [1, 5, 64])
+def test_query_tiles_cover_every_query_once_and_every_key_it_sees(query_tile: int) -> None:
+    for seed in range(20):
+        packing = random_packing(seed, (1, 4, 7)[seed % 3])
+        dense = _dense(packing)
+        mask = packing.mask(query_tile)
+        borders = set(packing.row.segment_starts.tolist())
+        place = 0
+        for tile in mask.query_tiles:
+            assert tile.start == place < tile.end <= tile.start + query_tile
+            assert not borders & set(range(tile.start + 1, tile.end)), "crosses a segment"
+            keys = [*range(*tile.first), *range(*tile.second)]
+            assert len(set(keys)) == len(keys), "a key would count twice in the softmax"
+            assert set(dense[tile.start : tile.end].any(0).nonzero().flatten().tolist()) <= set(
+                keys
+            )
+            open_keys = slice(tile.first[0], tile.first[0] + tile.open_keys)
+            assert dense[tile.start : tile.end, open_keys].all()
+            place = tile.end
+        assert place == mask.num_tokens
+
+
+def test_the_plan_makes_its_block_mask_once() -> None:
+    row = random_packing(3, 4).row
+    plan = AttentionPlan.build(row.key_intervals, row.segment_starts, "cpu")
+    assert plan.block_mask is plan.block_mask
+
+
+def test_a_query_that_sees_nothing_is_refused() -> None:
+    intervals = np.array([[0, 1, 0, 0], [0, 0, 0, 0]], dtype=np.int32)
+    with pytest.raises(AssertionError, match="at least one key"):
+        make_attention_mask(intervals, np.zeros(1, dtype=np.int64))
+
+
+def test_an_empty_micro_batch_is_refused() -> None:
+    with pytest.raises(AssertionError, match="at least one token"):
+        make_attention_mask(np.zeros((0, 4), dtype=np.int32), np.zeros(0, dtype=np.int64))
