@@ -82,7 +82,7 @@ def flex_block_attention(
     """
     if q_TNH.device.type == "cpu" and torch.is_grad_enabled() and q_TNH.requires_grad:
         raise ValueError(FLEX_CPU_ERROR)
-    run: Callable[..., Any] = _compiled_flex() if compiled else flex_attention
+    run: Any = _compiled_flex() if compiled else flex_attention
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))
     out: Tensor = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)

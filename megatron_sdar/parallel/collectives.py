@@ -32,7 +32,7 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     size = dist.get_world_size(group)
     out = x.new_empty((x.shape[0] * size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
@@ -40,7 +40,7 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     size = dist.get_world_size(group)
     assert x.shape[0] % size == 0, "token axis is a multiple of tp (validated)"
     out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 

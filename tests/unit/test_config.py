@@ -462,6 +462,14 @@ def test_round_trip(
     assert yaml.safe_load((tmp_path / "resolved.yaml").read_text()) == flat(config)
 
 
+@pytest.mark.parametrize("code", [0x09, 0x0A, 0x0D, 0x85, 0xA0, 0x2028, 0x2029, 0xFEFF, 0x1F600])
+def test_round_trip_of_characters_that_yaml_folds(load: Load, tmp_path: Path, code: int) -> None:
+    config = load()
+    config = replace(config, data=replace(config.data, default_system=f"a{chr(code)}b"))
+    dump_resolved(config, tmp_path / "resolved.yaml")
+    assert load_config([str(tmp_path / "resolved.yaml")]) == config
+
+
 def test_resolved_file_stands_alone(load: Load, tmp_path: Path) -> None:
     zero = tmp_path / "zero.json"
     zero.write_text('{"zero_optimization": {"stage": 3}}')

@@ -192,7 +192,7 @@ def test_tools_are_wrapped_once():
 
 @pytest.mark.parametrize("tools", ["{}", "[3]", "nonsense", '"text"', "[" * 100_000])
 def test_bad_tools_are_refused(tools):
-    with pytest.raises(RecordError, match="data.jsonl:7: bad tools: "):
+    with pytest.raises(RecordError, match=r"data\.jsonl:7: bad tools: "):
         conversation_pieces(chat("a", tools=tools), TemplateOptions())
 
 

@@ -1,0 +1,88 @@
+"""RMSNorm and rotary embedding are those of transformers' Qwen3, bit for bit where fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sdar_kernels.rms_norm import apply_rotary, rms_norm, rotary_tables
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+EPS = 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 48), (7, 3, 16)])
+def test_rms_norm_is_qwen3s(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    norm = Qwen3RMSNorm(shape[-1], eps=EPS).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(shape[-1], generator=generator) + 0.5)
+    out = rms_norm(x, norm.weight, EPS)
+    assert out.dtype == dtype
+    assert torch.equal(out, norm(x))
+
+
+def test_rms_norm_of_fp64_keeps_fp64_statistics() -> None:
+    x = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(0.5, 1.5, 48, dtype=torch.float64)
+    out = rms_norm(x, weight, EPS)
+    exact = x / (x.pow(2).sum(-1, keepdim=True) / 48 + EPS).sqrt() * weight
+    assert out.dtype == torch.float64
+    assert (out - exact).abs().max() < 1e-14
+
+
+def _config(head_dim: int, rope_theta: float) -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=32,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "rope_theta"), [(16, 10_000.0), (128, 1_000_000.0)])
+def test_rotary_is_qwen3s(head_dim: int, rope_theta: float, dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 1, 2, 0, 1, 40_000])
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(6, 4, head_dim, generator=generator).to(dtype)
+    k = torch.randn(6, 2, head_dim, generator=generator).to(dtype)
+    rotary = Qwen3RotaryEmbedding(_config(head_dim, rope_theta))
+    hf_cos, hf_sin = rotary(q, positions[None])
+    hf_q, hf_k = apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], hf_cos, hf_sin
+    )
+    cos, sin = rotary_tables(positions, head_dim, rope_theta, dtype)
+    assert cos.shape == sin.shape == (6, 1, head_dim)
+    assert torch.equal(cos[:, 0], hf_cos[0])
+    assert torch.equal(sin[:, 0], hf_sin[0])
+    assert torch.equal(apply_rotary(q, cos, sin), hf_q[0].transpose(0, 1))
+    assert torch.equal(apply_rotary(k, cos, sin), hf_k[0].transpose(0, 1))
+
+
+def test_rotary_of_fp64_activations_uses_fp32_angles_and_fp64_products() -> None:
+    positions = torch.tensor([0, 3, 1000])
+    cos, sin = rotary_tables(positions, 8, 10_000.0, torch.float64)
+    narrow_cos, narrow_sin = rotary_tables(positions, 8, 10_000.0, torch.float32)
+    assert cos.dtype == sin.dtype == torch.float64
+    assert torch.equal(cos, narrow_cos.double())
+    assert torch.equal(sin, narrow_sin.double())
+    x = torch.randn(3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert apply_rotary(x, cos, sin).dtype == torch.float64
+
+
+def test_rotary_scores_depend_on_the_distance_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 16, generator=generator).expand(4, 1, 16) for _ in range(2))
+    query_positions, key_positions = torch.tensor([3, 10, 50, 400]), torch.tensor([1, 8, 48, 398])
+    turned_q = apply_rotary(q, *rotary_tables(query_positions, 16, 10_000.0, torch.float32))
+    turned_k = apply_rotary(k, *rotary_tables(key_positions, 16, 10_000.0, torch.float32))
+    scores = (turned_q * turned_k).sum(-1).flatten()
+    assert (scores - scores[0]).abs().max() < 1e-4
+    assert (scores[0] - (q * k).sum(-1).flatten()[0]).abs() > 1e-2
