@@ -16,6 +16,9 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
+# An environment given as PYTHON need not have the project itself installed.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 DEMO_PROMPT ?= What is 27 + 45?
 PYTEST_ARGS ?=
 CHECKED := megatron_sdar kernels tools tests $(wildcard pretrain_sdar.py)

@@ -17,9 +17,7 @@ from megatron_sdar.parallel.mesh import sum_over_world
 Result = TypeVar("Result")
 
 
-def on_every_rank(
-    function: Callable[[], Result], what: str, stages: Sequence[nn.Module]
-) -> Result:
+def on_every_rank(function: Callable[[], Result], what: str, stages: Sequence[nn.Module]) -> Result:
     """Run `function` on every rank; its result, when it succeeded on all of them.
 
     Args:

@@ -24,7 +24,6 @@ from megatron_sdar.checkpoint.safetensors_files import (
     SafetensorsReader,
     TensorInfo,
     contained_file,
-    full_ranges,
     row_blocks,
 )
 from megatron_sdar.checkpoint.tensor_names import (
@@ -127,16 +126,16 @@ class HfModel:
     def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> Tensor:
         """A slice in `dtype` (None: as stored). Rows past arch.vocab_size are zero padding."""
         stored = self._stored_name(name)
+        file = self._home[stored]
+        dtype = dtype or file.tensors[stored].dtype
         if name not in VOCABULARY:
-            values = self._home[stored].read(stored, ranges)
-            return values if dtype is None else values.to(dtype)
+            return file.read(stored, ranges).to(dtype)
         rows, columns = ranges
-        dtype = dtype or self.tensors[name].dtype
         last = max(rows.start, min(rows.stop, self.arch.vocab_size))
         values = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
         if last > rows.start:
             real = (slice(rows.start, last), columns)
-            values[: last - rows.start] = self._home[stored].read(stored, real)
+            values[: last - rows.start] = file.read(stored, real)
         mask_id = self.arch.mask_token_id
         if self._mask_init != "keep" and mask_id is not None and rows.start <= mask_id < last:
             values[mask_id - rows.start] = self._mask_row(name)[columns]
@@ -175,16 +174,18 @@ class HfModel:
 
     def _mask_row(self, name: str) -> Tensor:
         """The whole float64 row, from all columns so that no slice can change a rounding."""
+        if name == HEAD and self.arch.tie_word_embeddings:
+            name = EMBEDDING
         if name not in self._mask_rows:
             assert self.arch.mask_token_id is not None, "checked with mask_token_init"
             stored = self._stored_name(name)
-            hidden = self.tensors[name].shape[1]
+            hidden = self.arch.hidden_size
             total = np.zeros(hidden)
             for start in range(0, self.arch.mask_token_id, _MEAN_ROWS):
                 stop = min(start + _MEAN_ROWS, self.arch.mask_token_id)
                 block = self._home[stored].read(stored, (slice(start, stop), slice(0, hidden)))
                 # numpy adds row after row; torch's order depends on its threads.
-                total = np.add.reduce(block.double().numpy(), axis=0, initial=None) + total
+                total += np.add.reduce(block.double().numpy(), axis=0)
             row = torch.from_numpy(total / self.arch.mask_token_id)
             if self._mask_init == "mean_noise":
                 digest = hashlib.sha256(f"{self.seed}/{name}/mask_token".encode()).digest()
@@ -221,8 +222,10 @@ def _locate(directory: Path) -> dict[str, SafetensorsReader]:
         return {name: readers[file] for name, file in weight_map.items()}
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(files) != 1:
-        found = f"{len(files)} .safetensors files but no {INDEX_NAME}" if files else (
-            "no .safetensors file"
+        found = (
+            f"{len(files)} .safetensors files but no {INDEX_NAME}"
+            if files
+            else ("no .safetensors file")
         )
         raise ValueError(
             f"{directory}: {found}; download the whole model, or save it with save_pretrained "
@@ -230,5 +233,3 @@ def _locate(directory: Path) -> dict[str, SafetensorsReader]:
         )
     reader = SafetensorsReader(contained_file(directory, files[0]))
     return dict.fromkeys(reader.tensors, reader)
-
-

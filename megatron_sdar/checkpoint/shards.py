@@ -55,9 +55,9 @@ def shard_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
 
 
-def shard_metadata(offsets: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> (
-    dict[str, str]
-):
+def shard_metadata(
+    offsets: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
     """The header entries that place a shard's tensors in the global ones."""
     return {
         "DCP_VERSION": "1.0",

@@ -140,29 +140,33 @@ def ensure_dataset(
     max_samples: int | None = None,
     on_error: str = "raise",
     overwrite: bool = False,
+    rebuild_stale: bool = False,
     progress: bool = True,
 ) -> BuildSummary:
     """Like `build_dataset`, but reuse PREFIX when it was made from exactly the same inputs.
 
-    Raises ValueError that says what differs when PREFIX holds another dataset and OVERWRITE is
-    false. The folder of the source files may differ; their names and contents may not.
+    When PREFIX holds another dataset, it is replaced with REBUILD_STALE (a cache of the
+    caller's own); otherwise, and without OVERWRITE, ValueError says what differs. The folder of
+    the source files may differ; their names and contents may not.
     """
     _check_arguments(specs, num_workers, max_samples)
     recipe = _make_recipe(specs, tokenizer, options, max_samples)
     if metadata_path(prefix).exists() and not overwrite:
         metadata = read_metadata(prefix)
         differences = metadata.recipe.differences(recipe)
-        if False:
+        if metadata.skipped and on_error == "raise":
             differences.append(
                 f"it was built leaving out {sum(metadata.skipped.values())} bad records"
             )
-        if differences:
+        if not differences:
+            return summarize_dataset(prefix)
+        if not rebuild_stale:
             raise ValueError(
                 f"{prefix}.json: the token files were made differently: {'; '.join(differences)}; "
                 "build again with overwrite (overwrite_cache: true, or preprocess_data.py "
                 "--overwrite), or choose another prefix"
             )
-        return summarize_dataset(prefix)
+        overwrite = True
     return build_dataset(
         specs,
         prefix,

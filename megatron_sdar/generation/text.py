@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
+from megatron_sdar.checkpoint.hf_import import load_hf_weights
 from megatron_sdar.data.conversations import Conversation, Turn, require_unicode
 from megatron_sdar.data.template import TemplateOptions, conversation_pieces
 from megatron_sdar.data.tokenizer import END_OF_TEXT, SdarTokenizer, load_tokenizer
@@ -190,14 +191,11 @@ def _load_stage(
     arch: Architecture, model_dir: Path, device: torch.device, dtype: torch.dtype
 ) -> SdarStage:
     """The whole model, filled from the directory's safetensors; SDAR's head is never tied."""
-    from megatron_sdar.checkpoint.hf_import import load_hf_weights
-
     arch = replace(arch, tie_word_embeddings=False)
     # Tiled attention on every device: FlexAttention would compile again for every length.
     options = ModelOptions(padded_vocab_size(arch.vocab_size, 1), dtype, False, False, "tiled")
-    stages = build_stages(arch, build_mesh(device, 1, 1), options)
-    materialize(stages, device)
-    load_hf_weights(stages, arch, model_dir, mask_token_init="keep")
-    stage = stages[0]
+    (stage,) = build_stages(arch, build_mesh(device, 1, 1), options)
     assert isinstance(stage, SdarStage)
+    materialize([stage], device)
+    load_hf_weights([stage], arch, model_dir, mask_token_init="keep")
     return stage.eval()

@@ -152,10 +152,14 @@ class TrainingRun:
         with self._reporting(total) as reporter:
             logged_at = time.monotonic()
             while self.done < total:
-                factor = lr_multiplier(
-                    optim.lr_scheduler_type, self.done, total, warmup, optim.lr_scheduler_kwargs
+                lr = optim.learning_rate * lr_multiplier(
+                    optim.lr_scheduler_type,
+                    self.done,
+                    total,
+                    warmup,
+                    optim.lr_scheduler_kwargs,
+                    optim.learning_rate,
                 )
-                lr = optim.learning_rate * factor
                 result = self._step(step, loader, lr)
                 self.done += 1
                 self.interval.add(result)

@@ -119,8 +119,9 @@ def _tokenise(config: SdarConfig, prefix: str, say: Callable[[str], None]) -> No
         num_workers=data.preprocessing_num_workers or 1,
         max_samples=data.max_samples,
         on_error=data.on_data_error,
-        # Without tokenized_path the files are this run's own: remade whenever inputs change.
         overwrite=data.overwrite_cache,
+        # Without tokenized_path the files are this run's own, so they may follow its inputs.
+        rebuild_stale=data.tokenized_path is None,
     )
     say(summary.format())
 

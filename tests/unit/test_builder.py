@@ -304,6 +304,10 @@ def test_other_inputs_are_refused_then_rebuilt(spec, tokenizer, tmp_path, demo, 
     arguments = (specs, tmp_path / "p", used, options)
     with pytest.raises(ValueError, match=rf"p\.json: .*{message}.*overwrite"):
         ensure_dataset(*arguments, max_samples=limit)
+    before = (tmp_path / "p.json").read_text()
+    assert ensure_dataset(*arguments, max_samples=limit, rebuild_stale=True).seconds > 0
+    assert (tmp_path / "p.json").read_text() != before, "the own cache follows its inputs"
+    assert ensure_dataset(*arguments, max_samples=limit, rebuild_stale=True).seconds == 0
     assert ensure_dataset(*arguments, max_samples=limit, overwrite=True).seconds > 0
     assert ensure_dataset(*arguments, max_samples=limit).seconds == 0
 
