@@ -1,1 +1,1 @@
-"""Native (DCP) checkpoints and Hugging Face safetensors."""
+"""Native checkpoints and Hugging Face safetensors."""

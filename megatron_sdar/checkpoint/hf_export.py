@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from megatron_sdar.architecture import Architecture, load_architecture
@@ -71,7 +72,7 @@ class ExportReport:
         """The report as lines for the user."""
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.destination}: {self.num_tensors} tensors, {self.num_bytes / 1e9:.2f} GB of "
+            f"{self.destination}: {self.num_tensors} tensors, {decimal(self.num_bytes)} of "
             f"{dtype} in {len(self.files)} files; {self.dropped_rows} padding rows left out\n"
             f"  copied: {', '.join(self.copied) or 'no tokenizer or other files were there'}"
         )

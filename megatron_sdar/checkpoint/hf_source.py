@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from megatron_sdar.architecture import Architecture, load_architecture
@@ -52,7 +53,7 @@ class ImportReport:
     def format(self) -> str:
         """The report as lines for the user."""
         first = (
-            f"weights: {self.num_tensors} tensors, {self.num_bytes / 1e9:.2f} GB in "
+            f"weights: {self.num_tensors} tensors, {decimal(self.num_bytes)} in "
             f"{self.num_files} files of {self.source}"
         )
         return "\n".join([first, *(f"  {note}" for note in self.notes)])

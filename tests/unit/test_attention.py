@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,14 @@ from unit.packings import pack, random_document, random_packing, rule_mask
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small a second thread only costs
+    yield
+    torch.set_num_threads(threads)
+
+
 def _inputs(
     seed: int, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
@@ -34,14 +44,14 @@ def _inputs(
     )
 
 
-def _run(tensors: tuple[Tensor, ...], attention: object) -> list[Tensor]:
+def _run(tensors: tuple[Tensor, ...], attention: Callable[..., Tensor]) -> list[Tensor]:
     """Output and the gradients of q, k and v."""
     *leaves, upstream = (tensor.detach().clone() for tensor in tensors)
     for leaf in leaves:
         leaf.requires_grad_()
-    out = attention(*leaves)  # type: ignore[operator]
+    out = attention(*leaves)
     out.backward(upstream)
-    return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def _worst(mask: AttentionMask, tensors: tuple[Tensor, ...]) -> float:

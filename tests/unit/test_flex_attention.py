@@ -10,6 +10,9 @@ from sdar_kernels.flex_attention import flex_block_attention, make_block_mask
 from torch import Tensor
 from unit.packings import Packing, random_packing
 
+# Eager is what is meant here; torch advises to compile.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+
 
 def _inputs(packing: Packing, heads: tuple[int, int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)

@@ -73,7 +73,8 @@ def test_a_document_without_maskable_tokens_stays_clean() -> None:
 
 
 def test_t_is_uniform_over_documents() -> None:
-    probabilities = np.array([draw_noise(KEY, d, _everything(0), EPS).mask_prob for d in range(4000)])
+    draws = [draw_noise(KEY, document, _everything(0), EPS) for document in range(4000)]
+    probabilities = np.array([draw.mask_prob for draw in draws])
     t = np.sort((probabilities - EPS) / (1 - EPS))
     assert t[0] >= 0
     assert t[-1] < 1

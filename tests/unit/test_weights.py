@@ -29,7 +29,7 @@ def _initial(
     materialize(stages, torch.device("cpu"))
     initialize(stages, seed)
     return {
-        name: parameter.full_tensor().detach()  # type: ignore[attr-defined]
+        name: parameter.full_tensor().detach()
         for stage in stages
         for name, parameter in stage.named_parameters()
     }

@@ -157,7 +157,7 @@ def make_config(output_dir: Path) -> SdarConfig:
         DiffusionConfig(),
         ParallelConfig(),
         OptimConfig(),
-        TrainingConfig(output_dir=str(output_dir)),
+        TrainingConfig(output_dir=str(output_dir), recompute_granularity="full"),
     )
 
 
