@@ -80,7 +80,8 @@ def flex_block_attention(
     Raises:
         ValueError: if a gradient is asked for on CPU, which torch's FlexAttention cannot give.
     """
-    if q_TNH.device.type == "cpu" and torch.is_grad_enabled() and q_TNH.requires_grad:
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
+    if q_TNH.device.type == "cpu" and wants_gradient:
         raise ValueError(FLEX_CPU_ERROR)
     run: Any = _compiled_flex() if compiled else flex_attention
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))

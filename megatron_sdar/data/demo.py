@@ -217,7 +217,8 @@ def _model_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "use_sliding_window": False,
         "tie_word_embeddings": False,
         "max_position_embeddings": 4096,
-        "initializer_range": 0.02,
+        # Wider than usual: a model this small learns little in 60 steps from 0.02.
+        "initializer_range": 0.06,
         "block_size": 4,
         "mask_token_id": tokenizer.token_to_id(MASK_TOKEN),
         "bos_token_id": tokenizer.token_to_id(END_OF_TEXT),

@@ -58,13 +58,18 @@ def _normal_slice(name: str, shape: torch.Size, ranges: tuple[slice, ...], seed:
     pieces = []
     for block in range(rows.start // ROW_BLOCK, (rows.stop - 1) // ROW_BLOCK + 1):
         first = block * ROW_BLOCK
-        drawn = _draw_block(name, block, min(ROW_BLOCK, shape[0] - first), shape[1], seed)
+        drawn = _draw_block(name, block, shape[1], seed)
         inside = slice(max(rows.start - first, 0), min(rows.stop - first, ROW_BLOCK))
         pieces.append(drawn[inside, columns])
     return torch.cat(pieces)
 
 
-def _draw_block(name: str, block: int, rows: int, columns: int, seed: int) -> Tensor:
+def _draw_block(name: str, block: int, columns: int, seed: int) -> Tensor:
+    """ROW_BLOCK whole rows, even where the parameter has fewer left.
+
+    torch.randn draws the last 16 values of an odd-sized tensor apart, so a shorter block would
+    make the values depend on where the padded vocabulary ends.
+    """
     digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(rows, columns, generator=generator)
+    return torch.randn(ROW_BLOCK, columns, generator=generator)

@@ -2,7 +2,8 @@
 
 The logits of a chunk exist only while the chunk is computed, and never as [tokens, vocabulary]
 at once. Gradients of hidden states and head are formed in the same pass, since the loss is a
-scalar: three matmuls per chunk instead of four. Statistics and logits are fp32 or wider.
+scalar: three matmuls per chunk instead of four. The matmul runs in the hidden states' dtype; its
+logits are widened to fp32 (or stay fp64) before any statistic is taken.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def start_process_group(
     if device_type == "cuda":
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    if "MASTER_ADDR" in os.environ:
+    if set(RENDEZVOUS) <= set(os.environ):
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(

@@ -18,8 +18,12 @@ from typing import Any
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
-from megatron_sdar.checkpoint.native import load_checkpoint, prune_checkpoints, save_checkpoint
-from megatron_sdar.checkpoint.run_directory import resolve_resume
+from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
+from megatron_sdar.checkpoint.run_directory import (
+    incomplete_checkpoints,
+    prune_checkpoints,
+    resolve_resume,
+)
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loader import RowLoader
 from megatron_sdar.model.sdar import SdarStage
@@ -102,6 +106,8 @@ class TrainingRun:
         resume = resolve_resume(
             self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir
         )
+        for line in incomplete_checkpoints(self.output_dir):
+            self.say(f"passed over: {line}")
         store = prepare_data(self.config, self.say)
         index = pack(self.config, self.arch, store)
         self.say(describe_pack(index, self.config))
@@ -118,6 +124,8 @@ class TrainingRun:
         loader.close()
         if training.export_hf:
             run_on_main(lambda: self._export(last_checkpoint))
+        if training.plot_loss:
+            run_on_main(self._plot)
         self.say(self._summary(total, time.monotonic() - started, last_checkpoint))
 
     def _start_weights(self, stages: list[SdarStage]) -> None:
@@ -138,9 +146,11 @@ class TrainingRun:
     def _resume(self, path: Path, step: TrainingStep, loader: RowLoader) -> None:
         state = load_checkpoint(path, step.stages, step.optimizer)
         self.done = int(state["step"])
-        loader.load_state_dict(state["loader"])
-        self.interval = Interval(**state["interval"])
-        self.first_loss = state["first_loss"] if state["first_loss"] is not None else math.nan
+        if "loader" in state:  # a checkpoint converted from a model directory has weights only
+            loader.load_state_dict(state["loader"])
+            self.interval = Interval(**state["interval"])
+            first_loss = state["first_loss"]
+            self.first_loss = math.nan if first_loss is None else first_loss
         self.say(f"resumed from {path}: step {self.done}, epoch {loader.epoch:.3f}")
 
     def _train(self, step: TrainingStep, loader: RowLoader, total: int) -> Path:
@@ -240,9 +250,10 @@ class TrainingRun:
         return path
 
     def _export(self, checkpoint: Path) -> None:
-        export_hf(checkpoint, self.output_dir, into_existing=True)
-        if self.config.training.plot_loss:
-            plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
+        self.say(export_hf(checkpoint, self.output_dir, into_existing=True).format())
+
+    def _plot(self) -> None:
+        plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
 
     def _describe(self, loader: RowLoader, total: int) -> str:
         mesh, parallel = self.mesh, self.config.parallel
@@ -265,7 +276,7 @@ class TrainingRun:
         if self.config.training.plot_loss:
             lines.append(f"  loss plot         {self.output_dir / 'training_loss.png'}")
         if self.config.training.export_hf:
-            lines.append(f"  Hugging Face model {self.output_dir} (config.json, safetensors)")
+            lines.append(f"  HF model          {self.output_dir} (config.json, safetensors)")
         return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ Patch = Callable[[], mock._patch]
 
 
 def _no_partial_sum() -> mock._patch:
-    return mock.patch.object(training_step, "sum_partial_gradients", lambda *_: None)
+    return mock.patch.object(training_step, "sum_partial_gradients", return_value=None)
 
 
 def _no_qk_norm_sum() -> mock._patch:
@@ -83,11 +83,11 @@ def _middle_stage_without_positions() -> mock._patch:
 
 
 def _no_tied_sum() -> mock._patch:
-    return mock.patch.object(training_step, "sum_tied_gradients", lambda *_: None)
+    return mock.patch.object(training_step, "sum_tied_gradients", return_value=None)
 
 
 def _norm_counts_replicas_twice() -> mock._patch:
-    return mock.patch("megatron_sdar.parallel.gradients.replication", lambda tensor: 1)
+    return mock.patch("megatron_sdar.parallel.gradients.replication", return_value=1)
 
 
 def _no_input_gradient_sum() -> mock._patch:

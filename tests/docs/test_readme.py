@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,13 @@ COMMANDS = readme_commands()
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("readme") / "megatron_sdar"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "demo", "output", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, target, ignore=ignored)
-    yield target
+    return target
 
 
 def run(command: str, directory: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:

@@ -66,7 +66,7 @@ def test_every_epoch_holds_every_row_once(dataset: TokenizedDataset) -> None:
 
 
 def test_data_parallel_ranks_split_the_same_global_batch(dataset: TokenizedDataset) -> None:
-    whole = [loader_row for loader_row in make_loader(dataset).next_step()]
+    whole = make_loader(dataset).next_step()
     split: dict[int, list[Row]] = {
         rank: make_loader(dataset, num_micro_batches=2, dp_rank=rank, dp_size=2).next_step()
         for rank in range(2)
@@ -147,5 +147,5 @@ def test_store_numbers_documents_through_and_refuses_mixed_tokenizers(
     assert np.array_equal(store.get(len(dataset) + 3)[0], dataset.get(3)[0])
     other = TokenizedDataset(dataset.prefix)
     other.metadata = replace(other.metadata, mask_token_id=other.metadata.mask_token_id + 1)
-    with pytest.raises(ValueError, match="mask_token_id is .* one tokenizer"):
+    with pytest.raises(ValueError, match=r"mask_token_id is .* one tokenizer"):
         DocumentStore([dataset, other])
