@@ -44,7 +44,8 @@ demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about t
 	    --output-prefix demo/data/arithmetic --overwrite
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 4 \
 	    pretrain_sdar.py configs/tiny_cpu.yaml
-	$(PY) tools/generate.py --model demo/output --prompt '$(DEMO_PROMPT)'
+	$(PY) tools/generate.py --model demo/output --prompt '$(DEMO_PROMPT)' \
+	    --max-new-tokens 48
 	@echo
 	@echo 'demo/data/train.jsonl         the documents'
 	@echo 'demo/data/arithmetic.bin/idx  the same, tokenised'

@@ -47,6 +47,7 @@ class Layout:
     silent_half: bool = False
     backend: str = "tiled"
     ragged: bool = False
+    bf16: bool = False
 
     @property
     def world(self) -> int:
@@ -172,14 +173,16 @@ def micro_batches(layout: Layout, rows: list[list[Document]], dp_rank: int) -> l
 
 def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdamW]:
     arch = layout.arch
+    params = torch.float32 if layout.bf16 else torch.float64
+    compute = torch.bfloat16 if layout.bf16 else torch.float64
     options = ModelOptions(
         padded_vocab_size=padded_vocab_size(arch.vocab_size, 8),
-        dtype=torch.float64,
+        dtype=params,
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
         attention_backend=layout.backend,
     )
-    stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy)
+    stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy, compute)
     materialize(stages, mesh.device)
     initialize(stages, SEED)
     optimizer = ShardedAdamW(
@@ -192,7 +195,7 @@ def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdam
         optimizer,
         sharding_strategy=layout.strategy,
         max_grad_norm=MAX_GRAD_NORM,
-        activation_dtype=torch.float64,
+        activation_dtype=compute,
     )
     return step, optimizer
 
