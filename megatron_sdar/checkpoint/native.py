@@ -1,8 +1,8 @@
 """Native checkpoints: save and load a run's weights, moments and state in any layout.
 
-output_dir/checkpoint-N/ holds model/ and optimizer/ (shards by global name and offset),
-trainer_state.json, config.yaml and hf/ (config.json, tokenizer and whatever else an export
-ships). It is built as checkpoint-N.tmp and renamed after its COMMITTED marker is on disk.
+output_dir/checkpoint-N/ holds model/ and optimizer/ (planned and resharded by DCP, stored by
+dcp_storage), trainer_state.json, config.yaml and hf/ (config.json, tokenizer and whatever else
+an export ships). It is built as checkpoint-N.tmp, renamed once its COMMITTED marker is on disk.
 Invariant: a checkpoint-N either holds everything it names, or is recognised as incomplete.
 """
 
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed.checkpoint as dcp
 
 from megatron_sdar.architecture import Architecture
-from megatron_sdar.checkpoint.agreement import on_every_rank
+from megatron_sdar.checkpoint.agreement import dcp_errors_as_value_errors, on_every_rank
+from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.hf_assets import (
     CONFIG_NAME,
     collect_assets,
@@ -33,20 +34,14 @@ from megatron_sdar.checkpoint.run_directory import (
     OPTIMIZER_DIR,
     RESOLVED_CONFIG_NAME,
     STATE_NAME,
+    Marker,
     commit,
     next_sequence,
-    prune_checkpoints,
     put_in_place,
     read_marker,
     remove_leftovers,
 )
-from megatron_sdar.checkpoint.shards import (
-    Chunk,
-    ShardedTensors,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from megatron_sdar.checkpoint.shards import ShardedTensors
 from megatron_sdar.checkpoint.tensor_names import (
     EMBEDDING,
     HEAD,
@@ -59,9 +54,6 @@ from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.optim.adamw import MOMENTS, ShardedAdamW
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
-from megatron_sdar.parallel.sharding import fill_local, local_ranges
-
-__all__ = ["load_checkpoint", "prune_checkpoints", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -88,7 +80,7 @@ def save_checkpoint(
     Raises:
         ValueError: on every rank, when any rank cannot write; nothing is left behind.
 
-    Collectives: broadcast_object_list and all_reduce (world).
+    Collectives: broadcast_object_list and those of dcp.save (world).
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     temporary = final.with_name(f"{final.name}.tmp")
@@ -96,22 +88,14 @@ def save_checkpoint(
     def prepare() -> None:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(temporary.parent)
-        for folder in (MODEL_DIR, OPTIMIZER_DIR, HF_DIR):
-            if folder != OPTIMIZER_DIR or optimizer is not None:
-                (temporary / folder).mkdir(parents=True)
+        (temporary / HF_DIR).mkdir(parents=True)
 
-    def write() -> bool:
-        name = shard_name(mesh.device_mesh.get_rank())
-        write_shard(temporary / MODEL_DIR / name, _chunks(_parameters(stages, arch)))
-        if optimizer is not None:
-            moments = {n: m for n, m in optimizer.moments().items() if not _is_tied(n, arch)}
-            write_shard(temporary / OPTIMIZER_DIR / name, _chunks(moments))
-        return True
+    def write(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        writer = ShardStorageWriter(temporary / folder)
+        with dcp_errors_as_value_errors():
+            dcp.save(_stored_names(tensors, arch), storage_writer=writer)
 
     def finish() -> None:
-        write_index(temporary / MODEL_DIR)
-        if optimizer is not None:
-            write_index(temporary / OPTIMIZER_DIR)
         write_json(temporary / STATE_NAME, _finite({**state, "step": step}))
         dump_resolved(config, temporary / RESOLVED_CONFIG_NAME)
         shipped = collect_assets(assets)
@@ -131,7 +115,9 @@ def save_checkpoint(
 
     try:
         run_on_main(prepare)
-        on_every_rank(write, f"write its part of {final}", stages)
+        write(MODEL_DIR, _parameters(stages))
+        if optimizer is not None:
+            write(OPTIMIZER_DIR, optimizer.moments())
         run_on_main(finish)
     except ValueError as error:
         if mesh.is_main:
@@ -140,35 +126,24 @@ def save_checkpoint(
     return final
 
 
-def _parameters(stages: Sequence[SdarStage], arch: Architecture) -> dict[str, torch.Tensor]:
-    """This rank's parameters, without the copy that the last stage has of a tied embedding."""
-    return {
-        name: parameter
-        for stage in stages
-        for name, parameter in stage.named_parameters()
-        if not _is_tied(name, arch)
+def _parameters(stages: Sequence[SdarStage]) -> dict[str, torch.Tensor]:
+    return {name: p for stage in stages for name, p in stage.named_parameters()}
+
+
+def _stored_names(
+    tensors: Mapping[str, torch.Tensor], arch: Architecture
+) -> dict[str, torch.Tensor]:
+    """The tensors by the names they are stored under.
+
+    The last pipeline stage's copy of a tied embedding is one more replica of the first stage's,
+    and like of any other DCP stores one and loads all.
+    """
+    stored = {
+        name.replace(HEAD, EMBEDDING) if arch.tie_word_embeddings else name: tensor
+        for name, tensor in tensors.items()
     }
-
-
-def _is_tied(name: str, arch: Architecture) -> bool:
-    return arch.tie_word_embeddings and name.startswith(HEAD)
-
-
-def _chunks(tensors: Mapping[str, torch.Tensor]) -> list[Chunk]:
-    """The shards of which this rank holds the first copy."""
-    chunks = []
-    for name, tensor in tensors.items():
-        assert isinstance(tensor, DTensor), f"{name} is not distributed"
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, "a rank holds only its own tensors"
-        if any(
-            index > 0 and placement.is_replicate()
-            for index, placement in zip(coordinate, tensor.placements, strict=True)
-        ):
-            continue
-        offset = tuple(piece.start for piece in local_ranges(tensor))
-        chunks.append(Chunk(name, tuple(tensor.shape), offset, tensor._local_tensor))
-    return chunks
+    assert len(stored) == len(tensors), "a rank with both ends of a tied model has one parameter"
+    return stored
 
 
 def _finite(value: Any) -> Any:
@@ -192,44 +167,43 @@ def load_checkpoint(
         ValueError: on every rank, when any rank finds the checkpoint incomplete or damaged, or
             its tensors are not exactly the model's.
 
-    Collective: all_reduce (world).
+    Collectives: all_reduce and those of dcp.load (world).
     """
     directory = Path(path)
+    arch, parameters = stages[0].arch, _parameters(stages)
 
-    def load() -> dict[str, Any]:
+    def inspect() -> tuple[Marker, dict[str, Any], ShardStorageReader, ShardStorageReader | None]:
         marker = read_marker(directory)
-        model = ShardedTensors(directory / MODEL_DIR)
-        parameters = {n: p for stage in stages for n, p in stage.named_parameters()}
-        _check_tensors(directory, model, parameters, stages[0].arch)
+        state = read_json_object(directory / STATE_NAME)
+        model, moments = ShardStorageReader(directory / MODEL_DIR), None
+        _check_tensors(directory, model.stored, parameters, arch)
         if optimizer is not None:
-            _check_precision(directory, model, parameters)
-        _fill(model, parameters, stages[0].arch)
-        if optimizer is not None:
-            moments = optimizer.moments()
+            _check_precision(directory, model.stored, parameters)
             if marker.has_optimizer:
-                stored = ShardedTensors(directory / OPTIMIZER_DIR)
-                _check_moments(directory, stored, model)
-                _fill(stored, moments, stages[0].arch)
-            elif marker.step == 0:
-                for moment in moments.values():
-                    moment._local_tensor.zero_()
-            else:
+                moments = ShardStorageReader(directory / OPTIMIZER_DIR)
+                _check_moments(directory, moments.stored, model.stored)
+            elif marker.step != 0:
                 raise ValueError(
                     f"{directory}: holds no optimizer state (save_only_model), so step "
                     f"{marker.step} cannot be resumed; to train on from its weights, export them "
                     "with tools/convert_checkpoint.py and name the result as model_name_or_path"
                 )
-            optimizer.set_step_count(marker.step)
-        return {**read_json_object(directory / STATE_NAME), "step": marker.step}
+        return marker, state, model, moments
 
-    return on_every_rank(load, f"load {directory}", stages)
+    def read(reader: ShardStorageReader, tensors: Mapping[str, torch.Tensor]) -> None:
+        with dcp_errors_as_value_errors():
+            dcp.load(_stored_names(tensors, arch), storage_reader=reader)
 
-
-def _fill(source: ShardedTensors, targets: Mapping[str, torch.Tensor], arch: Architecture) -> None:
-    for name, target in targets.items():
-        assert isinstance(target, DTensor), f"{name} is not distributed"
-        stored = name.replace(HEAD, EMBEDDING) if _is_tied(name, arch) else name
-        fill_local(target, source.read(stored, local_ranges(target)))
+    marker, state, model, moments = on_every_rank(inspect, f"load {directory}", stages)
+    read(model, parameters)
+    if optimizer is not None:
+        if moments is not None:
+            read(moments, optimizer.moments())
+        else:
+            for moment in optimizer.moments().values():
+                moment._local_tensor.zero_()
+        optimizer.set_step_count(marker.step)
+    return {**state, "step": marker.step}
 
 
 def _check_tensors(

@@ -1,15 +1,14 @@
 """Tensors cut into shards: one safetensors file per rank, offsets in its header, one index.
 
 The files are those of torch's distributed Hugging Face storage (DCP_SHARDING_INFO in the
-header), which DCP can read; they are written and read here because DCP buffers a rank's whole
-file in memory and, worse, leaves weights untouched without a word when a shard is missing.
-Invariant: the chunks in an index cover every tensor exactly once.
+header), so torch's own reader understands them too. What is cut where is DCP's to plan; here is
+the format on disk. Invariant: the chunks in an index cover every tensor exactly once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +27,18 @@ from megatron_sdar.checkpoint.safetensors_files import (
 )
 
 INDEX_NAME = "index.json"
+SHARE_OUTPUT_DIR = "every process must see the same output_dir, put it on a shared file system"
 _OFFSETS, _SHAPES = "DCP_SHARDING_INFO", "GLOBAL_SHAPES"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One rank's piece of a global tensor."""
+    """One rank's piece of a global tensor, still to be written."""
 
     name: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
-    values: Tensor
+    local: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -66,31 +66,40 @@ def shard_metadata(
     }
 
 
-def write_shard(path: Path, chunks: Sequence[Chunk]) -> None:
-    """Write a rank's chunks, one at a time through memory; no file when there are none."""
-    chunks = [chunk for chunk in chunks if chunk.values.numel() > 0]
+def write_shard(path: Path, chunks: Sequence[Chunk], values: Callable[[Chunk], Tensor]) -> None:
+    """Write a rank's chunks, one block at a time through memory; no file when all are empty.
+
+    Args:
+        chunks: at most one of each tensor.
+        values: gives a chunk's tensor, on any device; asked for one chunk after the other.
+    """
+    chunks = [chunk for chunk in chunks if volume(chunk.local.shape) > 0]
     if not chunks:
         return
     metadata = shard_metadata(
         {chunk.name: chunk.offset for chunk in chunks},
         {chunk.name: chunk.global_shape for chunk in chunks},
     )
-    infos = {c.name: TensorInfo(tuple(c.values.shape), c.values.dtype) for c in chunks}
+    infos = {chunk.name: chunk.local for chunk in chunks}
     assert len(infos) == len(chunks), "a rank holds one chunk of a tensor"
     with SafetensorsWriter(path, infos, metadata) as writer:
         for chunk in chunks:
-            for ranges in row_blocks(infos[chunk.name]):
-                writer.write(chunk.name, chunk.values[ranges[0]])
+            tensor = values(chunk)
+            for ranges in row_blocks(chunk.local):
+                writer.write(chunk.name, tensor[ranges[0]])
 
 
-def write_index(directory: Path) -> None:
+def write_index(directory: Path, expected: Mapping[str, TensorInfo] | None = None) -> None:
     """Collect the headers of all shards in `directory` into its index file.
+
+    Args:
+        expected: tensors that must be there; None for those of which there is a shard.
 
     ValueError when the shards do not cover every tensor, as happens when the ranks wrote to
     different disks.
     """
-    infos: dict[str, TensorInfo] = {}
-    chunks: dict[str, list[StoredChunk]] = {}
+    infos = dict(expected or {})
+    chunks: dict[str, list[StoredChunk]] = {name: [] for name in infos}
     for path in sorted(directory.glob("*.safetensors")):
         shard = SafetensorsReader(path)
         offsets, shapes = json.loads(shard.metadata[_OFFSETS]), json.loads(shard.metadata[_SHAPES])
@@ -100,12 +109,11 @@ def write_index(directory: Path) -> None:
             offset = tuple(offsets[name]["saved_offsets"])
             chunks.setdefault(name, []).append(StoredChunk(path.name, offset, local.shape))
     for name, info in infos.items():
-        stored = sum(volume(chunk.shape) for chunk in chunks[name])
-        distinct = len({chunk.offset for chunk in chunks[name]}) == len(chunks[name])
-        if stored != volume(info.shape) or not distinct:
+        if not _cover(chunks[name], info.shape):
+            stored = sum(volume(chunk.shape) for chunk in chunks[name])
             raise ValueError(
-                f"{directory}: {name} has {stored} of {volume(info.shape)} elements there; every "
-                "process must see the same output_dir, put it on a shared file system"
+                f"{directory}: {name} has {stored} of {volume(info.shape)} elements there; "
+                f"{SHARE_OUTPUT_DIR}"
             )
     codes = {dtype: code for code, dtype in DTYPES.items()}
     content = {
@@ -119,10 +127,27 @@ def write_index(directory: Path) -> None:
     (directory / INDEX_NAME).write_text(json.dumps(content), encoding="utf-8")
 
 
+def _cover(chunks: Sequence[StoredChunk], shape: tuple[int, ...]) -> bool:
+    """Whether the chunks are the cells of a grid over the tensor, as a DTensor's shards are."""
+    if any(not len(chunk.offset) == len(chunk.shape) == len(shape) for chunk in chunks):
+        return False
+    cells = 1
+    for dim, size in enumerate(shape):
+        spans = sorted({(c.offset[dim], c.offset[dim] + c.shape[dim]) for c in chunks})
+        if [start for start, _ in spans] + [size] != [0] + [stop for _, stop in spans]:
+            return False
+        cells *= len(spans)
+    return len(chunks) == len({chunk.offset for chunk in chunks}) == cells
+
+
 class ShardedTensors:
-    """A directory of shards, read by global name and ranges whatever layout wrote it.
+    """A directory of shards, read by global name whatever layout wrote it.
 
     Only the files that hold a requested piece are opened.
+
+    Attributes:
+        tensors: shape and dtype of every tensor by name.
+        chunks: its pieces; they cover it exactly once.
 
     Raises:
         ValueError: the index is absent or damaged.
@@ -131,21 +156,29 @@ class ShardedTensors:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[StoredChunk]] = {}
+        self.chunks: dict[str, list[StoredChunk]] = {}
         self._files: dict[str, SafetensorsReader] = {}
         path = directory / INDEX_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             for name, entry in content.items():
-                self.tensors[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-                self._chunks[name] = [
-                    StoredChunk(chunk["file"], tuple(chunk["offset"]), tuple(chunk["shape"]))
+                self.tensors[name] = TensorInfo(_sizes(entry["shape"]), DTYPES[entry["dtype"]])
+                self.chunks[name] = [
+                    StoredChunk(chunk["file"], _sizes(chunk["offset"]), _sizes(chunk["shape"]))
                     for chunk in entry["chunks"]
                 ]
         except OSError as error:
             raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an index of shards: {error!r}") from error
+        for name, chunks in self.chunks.items():
+            if not _cover(chunks, self.tensors[name].shape):
+                for chunk in chunks:  # a file that contradicts the index tells more than the gap
+                    self._open(name, chunk)
+                raise ValueError(
+                    f"{path}: the chunks of {name} leave a gap or overlap; the checkpoint is "
+                    "damaged, use another one"
+                )
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A slice of the global tensor; a view of the file when one chunk holds it all.
@@ -154,41 +187,47 @@ class ShardedTensors:
         """
         wanted = tuple(piece.stop - piece.start for piece in ranges)
         values: Tensor | None = None
-        filled = 0
-        for chunk in self._chunks[name]:
+        for chunk in self.chunks[name]:
             overlap = [
                 slice(max(piece.start, start), min(piece.stop, start + size))
                 for piece, start, size in zip(ranges, chunk.offset, chunk.shape, strict=True)
             ]
             if any(piece.stop <= piece.start for piece in overlap):
                 continue
-            source = _shifted(overlap, chunk.offset)
-            part = self._open(chunk.file, name, chunk.shape).read(name, source)
+            part = self.read_chunk(name, chunk, _shifted(overlap, chunk.offset))
             if tuple(part.shape) == wanted:
                 return part
             if values is None:
                 values = torch.empty(wanted, dtype=self.tensors[name].dtype)
             values[_shifted(overlap, [piece.start for piece in ranges])] = part
-            filled += part.numel()
         if values is None:
+            assert volume(wanted) == 0, "the chunks cover the tensor"
             values = torch.empty(wanted, dtype=self.tensors[name].dtype)
-        if filled != volume(wanted):
-            raise ValueError(
-                f"{self.directory / INDEX_NAME}: the chunks of {name} leave a gap; the checkpoint "
-                "is damaged, use another one"
-            )
         return values
 
-    def _open(self, file: str, name: str, shape: tuple[int, ...]) -> SafetensorsReader:
-        if file not in self._files:
-            self._files[file] = SafetensorsReader(contained_file(self.directory, file))
-        reader = self._files[file]
-        if reader.tensors.get(name) != TensorInfo(shape, self.tensors[name].dtype):
+    def read_chunk(self, name: str, chunk: StoredChunk, ranges: Ranges) -> Tensor:
+        """A slice of one chunk (ranges count from its start), as a view of the file.
+
+        ValueError when the shard is unreadable, or is not what the index says.
+        """
+        return self._open(name, chunk).read(name, ranges)
+
+    def _open(self, name: str, chunk: StoredChunk) -> SafetensorsReader:
+        if chunk.file not in self._files:
+            path = contained_file(self.directory, chunk.file)
+            self._files[chunk.file] = SafetensorsReader(path)
+        reader = self._files[chunk.file]
+        if reader.tensors.get(name) != TensorInfo(chunk.shape, self.tensors[name].dtype):
             raise ValueError(
-                f"{self.directory / file}: its {name} is not what {INDEX_NAME} says; the "
+                f"{self.directory / chunk.file}: its {name} is not what {INDEX_NAME} says; the "
                 "checkpoint is damaged, use another one"
             )
         return reader
+
+
+def _sizes(values: Sequence[int]) -> tuple[int, ...]:
+    # torch.Size raises TypeError for anything but whole numbers.
+    return tuple(torch.Size(values))
 
 
 def _shifted(ranges: Sequence[slice], origin: Sequence[int]) -> Ranges:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from distributed.layouts import (
     LR,
     MAX_GRAD_NORM,
@@ -31,13 +33,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from unit.tiny_hf import make_config, read_model, write_model
 
 from megatron_sdar.architecture import load_architecture, padded_vocab_size
-from megatron_sdar.checkpoint import native
+from megatron_sdar.checkpoint import dcp_storage
+from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
 from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
 from megatron_sdar.checkpoint.native_import import import_hf
 from megatron_sdar.checkpoint.safetensors_files import full_ranges
-from megatron_sdar.checkpoint.shards import ShardedTensors, write_index, write_shard
+from megatron_sdar.checkpoint.shards import ShardedTensors, write_shard
 from megatron_sdar.config import OptimConfig
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage
@@ -53,12 +56,16 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-6}
 SAVED_AT, TOTAL = 2, 4
 HOME = Layout("home", tp=2, pp=2, sequence_parallel=True)
+REPLICATED = [
+    Layout("tp2_dp2_no_shard", tp=2, dp=2, strategy="no_shard"),
+    Layout("tp2_dp2_kv_heads_below_tp", tp=2, dp=2, kv_heads=1),
+    Layout("tp2_pp2_tied", tp=2, pp=2, tied=True),
+]
 SAVERS = [
     HOME,
     Layout("tp2_dp2_zero3", tp=2, dp=2, strategy="optim_grads_params"),
-    Layout("tp2_dp2_no_shard", tp=2, dp=2, strategy="no_shard"),
     Layout("dp4_zero3", dp=4, strategy="optim_grads_params"),
-    Layout("tp2_pp2_tied", tp=2, pp=2, tied=True),
+    *REPLICATED,
 ]
 ELSEWHERE = [
     Layout("one_process"),
@@ -175,7 +182,8 @@ def job_resume(layout: Layout, precision: str, directory: Path) -> None:
     run.record(directory, "resumed-final", run.gathered())
 
 
-def job_resume_tied(layout: Layout, directory: Path) -> None:
+def job_resume_own(layout: Layout, directory: Path) -> None:
+    """Load what this layout saved and train on."""
     run = Run(layout, "fp64")
     run.spoil()
     path = directory / f"{layout.name}-fp64" / f"checkpoint-{SAVED_AT}"
@@ -223,14 +231,13 @@ def job_failures(directory: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    original = native.write_shard
-    if rank == 3:
-        native.write_shard = full
-    text = expect_value_error(lambda: run.save(directory / "full"))
-    native.write_shard = original
-    reason = "No space left on device" if rank == 3 else "another process could not write its part"
-    assert reason in text, text
-    assert list((directory / "full").iterdir()) == []
+    for failing in ([3], [1, 2]):
+        dcp_storage.write_shard = full if rank in failing else write_shard
+        text = expect_value_error(lambda: run.save(directory / "full"))
+        dcp_storage.write_shard = write_shard
+        assert "No space left on device" in text, text
+        assert ("2 processes failed" in text) == (len(failing) == 2), text
+        assert list((directory / "full").iterdir()) == []
 
     if rank == 0:
         (directory / "a_file").write_text("")
@@ -253,6 +260,19 @@ def job_failures(directory: Path) -> None:
         lambda: load_checkpoint(good / f"checkpoint-{SAVED_AT}", list(stages), None)
     )
     assert "set make_vocab_size_divisible_by" in text
+
+    # Only the ranks of one stage read this shard; the marker does not know of the damage.
+    damaged = directory / "damaged"
+    cut = damaged / "model/shard-00003.safetensors"
+    if rank == 0:
+        shutil.copytree(good / f"checkpoint-{SAVED_AT}", damaged)
+        os.truncate(cut, cut.stat().st_size - 1)
+        marker = json.loads((damaged / "COMMITTED").read_text())
+        marker["files"]["model/shard-00003.safetensors"] -= 1
+        (damaged / "COMMITTED").write_text(json.dumps(marker))
+    barrier()
+    text = expect_value_error(lambda: load_checkpoint(damaged, run.stages, run.optimizer))
+    assert text.startswith(f"{cut}: not a whole safetensors file"), text
 
     run.spoil()
     load_checkpoint(good / f"checkpoint-{SAVED_AT}", run.stages, run.optimizer)
@@ -279,22 +299,17 @@ def job_empty_shards(directory: Path) -> None:
     model = Awkward(mesh.tp)
     fully_shard(model, mesh=mesh.data_parallel_axes)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    rank = mesh.device_mesh.get_rank()
     target = directory / "awkward"
-    if rank == 0:
-        target.mkdir()
-    barrier()
-    write_shard(target / f"shard-{rank:05d}.safetensors", native._chunks(tensors))
-    barrier()
-    if rank == 0:
-        write_index(target)
-    barrier()
+    dcp.save(tensors, storage_writer=ShardStorageWriter(target))
+    again = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(again, storage_reader=ShardStorageReader(target))
     stored = ShardedTensors(target)
     empty = 0
     for name, tensor in tensors.items():
         assert isinstance(tensor, DTensor)
         values = stored.read(name, local_ranges(tensor))
         assert torch.equal(values, tensor._local_tensor), name
+        assert torch.equal(again[name]._local_tensor, tensor._local_tensor), name
         empty += values.numel() == 0
         whole = stored.read(name, full_ranges(tuple(tensor.shape)))
         assert torch.equal(whole, tensor.full_tensor()), name
@@ -314,7 +329,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (job_save, (HOME, "fp32", directory)),
             (job_resume, (HOME, "fp64", directory)),
             (job_resume, (HOME, "fp32", directory)),
-            (job_resume_tied, (SAVERS[-1], directory)),
+            *((job_resume_own, (layout, directory)) for layout in REPLICATED),
             (job_import, (HOME, directory)),
             (job_failures, (directory,)),
             (job_empty_shards, (directory,)),
@@ -356,9 +371,19 @@ def test_every_element_is_in_the_files(saved: Path, layout: Layout) -> None:
         assert torch.equal(source.read(name, full_ranges(tuple(tensor.shape))), tensor), name
 
 
+@pytest.mark.parametrize("layout", SAVERS, ids=lambda layout: layout.name)
+def test_torch_reads_the_shards_of_any_layout(saved: Path, layout: Layout) -> None:
+    path = saved / f"{layout.name}-fp64" / f"checkpoint-{SAVED_AT}" / "model"
+    model = ShardedTensors(path)
+    target = {n: torch.full(i.shape, -1, dtype=i.dtype) for n, i in model.tensors.items()}
+    dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    for name, tensor in target.items():
+        assert torch.equal(tensor, model.read(name, full_ranges(tuple(tensor.shape)))), name
+
+
 def test_replicas_are_written_once(saved: Path) -> None:
     sizes = {}
-    for layout in SAVERS[:4]:
+    for layout in SAVERS:
         path = saved / f"{layout.name}-fp64" / f"checkpoint-{SAVED_AT}" / "model"
         tensors = ShardedTensors(path).tensors.values()
         payload = sum(info.num_bytes for info in tensors)
@@ -375,8 +400,9 @@ def test_same_layout_resumes_bitwise(saved: Path, precision: str) -> None:
     assert_bitwise(saved, HOME, precision)
 
 
-def test_tied_ends_on_two_stages_resume_bitwise(saved: Path) -> None:
-    layout = SAVERS[-1]
+@pytest.mark.parametrize("layout", REPLICATED, ids=lambda layout: layout.name)
+def test_replicas_resume_bitwise(saved: Path, layout: Layout) -> None:
+    """Stored once, loaded by every rank that holds a copy."""
     assert read_record(saved, "resumed-losses", layout, "fp64") == read_record(
         saved, "losses", layout, "fp64"
     )

@@ -22,7 +22,9 @@ from unit.tiny_hf import (
     write_model,
 )
 
-from megatron_sdar.checkpoint import native, run_directory
+from megatron_sdar.checkpoint import dcp_storage, native, run_directory
+from megatron_sdar.checkpoint.agreement import dcp_errors_as_value_errors
+from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
 from megatron_sdar.checkpoint.run_directory import (
     incomplete_checkpoints,
@@ -30,7 +32,11 @@ from megatron_sdar.checkpoint.run_directory import (
     prune_checkpoints,
     resolve_resume,
 )
-from megatron_sdar.checkpoint.safetensors_files import SafetensorsReader, SafetensorsWriter
+from megatron_sdar.checkpoint.safetensors_files import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    TensorInfo,
+)
 from megatron_sdar.checkpoint.shards import Chunk, ShardedTensors, write_index, write_shard
 from megatron_sdar.config import load_config
 
@@ -138,9 +144,76 @@ def test_torch_distributed_checkpoint_reads_the_files(model_dir: Path, tmp_path:
     expected = local_weights(stages)
     target = {name: torch.full_like(tensor, -1) for name, tensor in expected.items()}
     reader = dcp.HuggingFaceStorageReader(str(path / "model"))
-    dcp.load(target, storage_reader=reader, no_dist=True)
+    dcp.load(target, storage_reader=reader)
     for name, tensor in expected.items():
         assert torch.equal(target[name], tensor), name
+
+
+# The storage, as DCP sees it.
+
+
+def test_storage_moves_with_the_checkpoint_id(tmp_path: Path) -> None:
+    first, second = ({"a": torch.full((3, 2), value), "b": torch.ones(4)} for value in (1.0, 2.0))
+    writer = ShardStorageWriter(tmp_path / "first")
+    dcp.save(first, storage_writer=writer)
+    dcp.save(second, storage_writer=writer, checkpoint_id=tmp_path / "deep/second")
+    reader = ShardStorageReader(tmp_path / "first")
+    target = {"a": torch.zeros(3, 2), "b": torch.zeros(4, dtype=torch.float64)}
+    dcp.load(target, storage_reader=reader)
+    assert torch.equal(target["a"], first["a"])
+    assert torch.equal(target["b"], torch.ones(4, dtype=torch.float64)), "cast to the target's"
+    dcp.load(target, storage_reader=reader, checkpoint_id=str(tmp_path / "deep/second"))
+    assert torch.equal(target["a"], second["a"])
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert files == ["index.json", "shard-00000.safetensors"]
+    with pytest.raises(ValueError, match=r"gone/index\.json: cannot read it"):
+        reader.reset(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("storage", [ShardStorageWriter, ShardStorageReader])
+def test_storage_is_for_paths(storage: type, tmp_path: Path) -> None:
+    assert storage.validate_checkpoint_id(tmp_path)
+    assert storage.validate_checkpoint_id("runs/checkpoint-5/model")
+    assert not storage.validate_checkpoint_id("s3://bucket/model")
+
+
+def test_rank_that_does_not_see_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardStorageWriter, "set_up_storage_writer", lambda *_: None)
+    writer = ShardStorageWriter(tmp_path / "elsewhere")
+    with (
+        pytest.raises(ValueError, match=r"elsewhere: not there on every machine; every process"),
+        dcp_errors_as_value_errors(),
+    ):
+        dcp.save({"a": torch.ones(2)}, storage_writer=writer)
+
+
+def test_shards_that_the_coordinator_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even a tensor of which no piece at all is there is missed."""
+    monkeypatch.setattr(dcp_storage, "write_shard", lambda *_: None)
+    with (
+        pytest.raises(ValueError, match=r"model: a has 0 of 2 elements there; every process"),
+        dcp_errors_as_value_errors(),
+    ):
+        dcp.save({"a": torch.ones(2)}, storage_writer=ShardStorageWriter(tmp_path / "model"))
+    assert not (tmp_path / "model/index.json").exists()
+
+
+def test_a_bug_is_not_passed_off_as_a_user_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise AssertionError("an invariant of ours")
+
+    monkeypatch.setattr(dcp_storage, "write_shard", bug)
+    with (
+        pytest.raises(dcp.CheckpointException, match=r"line(.|\n)*an invariant of ours"),
+        dcp_errors_as_value_errors(),
+    ):
+        dcp.save({"a": torch.ones(2)}, storage_writer=ShardStorageWriter(tmp_path / "model"))
 
 
 # Loading is strict.
@@ -209,6 +282,10 @@ def first_chunk(entry: dict) -> dict:
         (lambda entry: first_chunk(entry).update(shape=[47]), "is not what index.json says"),
         (lambda entry: first_chunk(entry).update(file="../a"), "is not a plain file name"),
         (lambda entry: first_chunk(entry).pop("offset"), "not an index of shards"),
+        (lambda entry: first_chunk(entry).update(offset=["0"]), "not an index of shards"),
+        (lambda entry: first_chunk(entry).update(offset=[]), "leave a gap"),
+        (lambda entry: first_chunk(entry).update(offset=[1]), "leave a gap or overlap"),
+        (lambda entry: entry["model.norm.weight"]["chunks"].append(first_chunk(entry)), "overlap"),
         (lambda entry: entry["model.norm.weight"].update(dtype="I8"), "not an index of shards"),
     ],
 )
@@ -224,6 +301,29 @@ def test_damaged_index(
     assert what in load_complaint(path, model_dir)
 
 
+@pytest.mark.parametrize("folder", ["model", "optimizer"])
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda shard: shard.unlink(), "cannot read it"),
+        (lambda shard: os.truncate(shard, shard.stat().st_size - 1), "not a whole safetensors"),
+        (lambda shard: os.truncate(shard, 7), "not a whole safetensors"),
+    ],
+)
+def test_shard_damaged_behind_the_marker(
+    model_dir: Path, tmp_path: Path, folder: str, spoil: Callable[[Path], object], what: str
+) -> None:
+    """No weight stays what it was without a word, even where the marker vouches for the file."""
+    path = save(model_dir, tmp_path / "run")
+    shard = path / folder / "shard-00000.safetensors"
+    spoil(shard)
+    marker = json.loads((path / "COMMITTED").read_text())
+    marker["files"] = {n: (path / n).stat().st_size for n in marker["files"] if (path / n).exists()}
+    (path / "COMMITTED").write_text(json.dumps(marker))
+    complaint = load_complaint(path, model_dir)
+    assert complaint.startswith(f"{shard}: {what}")
+
+
 @pytest.mark.parametrize("name", ["model/index.json", "trainer_state.json"])
 def test_file_that_the_marker_forgot(model_dir: Path, tmp_path: Path, name: str) -> None:
     path = save(model_dir, tmp_path / "run")
@@ -235,17 +335,28 @@ def test_file_that_the_marker_forgot(model_dir: Path, tmp_path: Path, name: str)
 
 
 def test_shards_of_other_disks_are_missed(tmp_path: Path) -> None:
-    chunk = Chunk("a", (4, 2), (0, 0), torch.ones(2, 2))
-    write_shard(tmp_path / "shard-00000.safetensors", [chunk])
+    chunk = Chunk("a", (4, 2), (0, 0), TensorInfo((2, 2), torch.float32))
+
+    def values(_: Chunk) -> torch.Tensor:
+        return torch.ones(2, 2)
+
+    write_shard(tmp_path / "shard-00000.safetensors", [chunk], values)
     with pytest.raises(ValueError, match=r"a has 4 of 8 elements there; every process must see"):
         write_index(tmp_path)
-    write_shard(tmp_path / "shard-00001.safetensors", [chunk])  # the same piece twice
+    write_shard(tmp_path / "shard-00001.safetensors", [chunk], values)  # the same piece twice
     with pytest.raises(ValueError, match="a has 8 of 8"):
         write_index(tmp_path)
-    write_shard(tmp_path / "shard-00001.safetensors", [replace(chunk, offset=(2, 0))])
+    write_shard(tmp_path / "shard-00001.safetensors", [replace(chunk, offset=(1, 0))], values)
+    with pytest.raises(ValueError, match="a has 8 of 8"):  # an overlap and a gap
+        write_index(tmp_path)
+    write_shard(tmp_path / "shard-00001.safetensors", [replace(chunk, offset=(2, 0))], values)
+    whole = TensorInfo((4, 2), torch.float32)
+    with pytest.raises(ValueError, match=r"b has 0 of 8 elements there; every process must see"):
+        write_index(tmp_path, {"a": whole, "b": whole})
+    write_index(tmp_path, {"a": whole})
     write_index(tmp_path)
-    whole = ShardedTensors(tmp_path).read("a", (slice(0, 4), slice(0, 2)))
-    assert torch.equal(whole, torch.ones(4, 2))
+    found = ShardedTensors(tmp_path).read("a", (slice(0, 4), slice(0, 2)))
+    assert torch.equal(found, torch.ones(4, 2))
 
 
 def test_writer_notices_what_was_not_written(tmp_path: Path) -> None:
@@ -327,7 +438,7 @@ def test_full_disk_is_one_readable_error_and_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
 
-    monkeypatch.setattr(native, "write_shard", full)
+    monkeypatch.setattr(dcp_storage, "write_shard", full)
     with pytest.raises(ValueError, match=r"cannot save .*checkpoint-5: .*No space left"):
         save(model_dir, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
@@ -422,8 +533,11 @@ def test_values_survive_every_dtype_and_block_size(
         f"{dtype}": random_tensors(dtype)["model.layers.0.mlp.up_proj.weight"]
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     }
-    chunks = [Chunk(n, tuple(t.shape), (0, 0), t) for n, t in tensors.items()]
-    write_shard(tmp_path / "shard-00000.safetensors", chunks)
+    chunks = [
+        Chunk(name, tuple(tensor.shape), (0, 0), TensorInfo(tuple(tensor.shape), tensor.dtype))
+        for name, tensor in tensors.items()
+    ]
+    write_shard(tmp_path / "shard-00000.safetensors", chunks, lambda chunk: tensors[chunk.name])
     write_index(tmp_path)
     stored = ShardedTensors(tmp_path)
     for name, tensor in tensors.items():
