@@ -232,12 +232,13 @@ def job_failures(directory: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for failing in ([3], [1, 2]):
+        target = directory / f"full-{len(failing)}"
         dcp_storage.write_shard = full if rank in failing else write_shard
-        text = expect_value_error(lambda: run.save(directory / "full"))
+        text = expect_value_error(lambda target=target: run.save(target))
         dcp_storage.write_shard = write_shard
         assert "No space left on device" in text, text
         assert ("2 processes failed" in text) == (len(failing) == 2), text
-        assert list((directory / "full").iterdir()) == []
+        assert list(target.iterdir()) == []
 
     if rank == 0:
         (directory / "a_file").write_text("")
