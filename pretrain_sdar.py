@@ -9,18 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from megatron_sdar.config import describe_keys, load_config, validate
 from megatron_sdar.parallel.launch import leave_together
 from megatron_sdar.parallel.mesh import (
     build_mesh,
+    check_launch,
+    device_type,
     read_launch_info,
     start_process_group,
     stop_process_group,
 )
 from megatron_sdar.training.loop import TrainingRun
-from megatron_sdar.training.setup import resolve_architecture
+from megatron_sdar.training.setup import check_schedule, resolve_architecture
 
 USAGE = """\
 usage: torchrun --nproc_per_node N pretrain_sdar.py CONFIG.yaml [key=value ...]
@@ -46,14 +46,16 @@ def main(argv: Sequence[str]) -> None:
         config = load_config(argv)
         arch = resolve_architecture(config)
         validate(config, arch, launch.world_size)
-        device_type = _device_type(config.training.device)
+        check_schedule(config)
+        device_name = device_type(config.training.device)
+        check_launch(launch, device_name, config.parallel.ddp_backend)
     except (ValueError, OSError) as error:
         leave_together(str(error), launch)
     if launch.rank == 0:
         for warning in config.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     parallel = config.parallel
-    device = start_process_group(launch, device_type, parallel.ddp_backend, parallel.ddp_timeout)
+    device = start_process_group(launch, device_name, parallel.ddp_backend, parallel.ddp_timeout)
     try:
         mesh = build_mesh(
             device,
@@ -66,13 +68,6 @@ def main(argv: Sequence[str]) -> None:
         leave_together(str(error), launch)
     del mesh
     stop_process_group()
-
-
-def _device_type(name: str) -> str:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device: cuda, but torch finds no GPU here; use device: cpu or auto")
-    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ class DataConfig:
     default_system: str | None = _key("system prompt of documents that have none", None)
     max_samples: int | None = _key("first N documents of each dataset", None, minimum=1)
     preprocessing_num_workers: int | None = _key("tokenising processes", None, minimum=1)
-    dataloader_num_workers: int = _key("row-building workers", 0, minimum=0)
+    dataloader_num_workers: int = _key(
+        "0: build rows between steps; above 0: one thread builds them ahead", 0, minimum=0
+    )
     disable_shuffling: bool = _key("keep the file order", False)
     on_data_error: str = _key(
         "a malformed record stops the run, or is skipped, counted and reported",
@@ -163,7 +165,9 @@ class ParallelConfig:
         "layers of each model chunk in order; default: as even as possible", None, minimum=1
     )
     data_parallel_sharding_strategy: str = _key(
-        "replicate all (DDP), shard gradients and optimizer (ZeRO-2), parameters too (ZeRO-3)",
+        "no_shard: DDP; optim_grads: shard optimizer state and reduced gradients (ZeRO-2 between "
+        "steps, gradients are reduced once per step); optim_grads_params: parameters too and "
+        "gradients after every micro-batch (ZeRO-3)",
         "optim_grads",
         choices=("no_shard", "optim_grads", "optim_grads_params"),
     )
@@ -215,7 +219,7 @@ class TrainingConfig:
     max_steps: int = _key("optimizer steps; above 0 it replaces num_train_epochs", -1, minimum=-1)
     per_device_train_batch_size: int = _key("rows per micro-batch", 8, minimum=1)
     gradient_accumulation_steps: int = _key("micro-batches per optimizer step", 1, minimum=1)
-    seed: int = _key("seed of weights, order and noise", 42, minimum=0)
+    seed: int = _key("seed of weights, order and noise", 42, minimum=0, maximum=2**63 - 1)
     bf16: bool = _key("compute in bfloat16 over float32 weights", False)
     fp64: bool = _key("compute in float64, to verify numerics", False)
     recompute_granularity: str | None = _key(

@@ -72,6 +72,11 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"cutoff_len={data.cutoff_len} is not a multiple of block_length={block}; use {fits}"
         )
 
+    if data.cutoff_len > architecture.max_position_embeddings:
+        yield (
+            f"cutoff_len={data.cutoff_len} exceeds the model's max_position_embeddings="
+            f"{architecture.max_position_embeddings}; use at most that"
+        )
     mask, vocab = architecture.mask_token_id, architecture.vocab_size
     if mask is None:
         yield (
@@ -182,5 +187,3 @@ def _training(config: SdarConfig) -> Iterator[str]:
     ):
         if value > 1 and value != int(value):
             yield f"{name}={value} must be a whole number of steps, or a fraction below 1"
-    if training.device == "cpu" and config.parallel.ddp_backend == "nccl":
-        yield "ddp_backend: nccl needs CUDA and device is cpu; use gloo"

@@ -10,6 +10,7 @@ and what the tiled CPU path wants (query ranges with their key hulls).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -43,13 +44,25 @@ class AttentionMask:
 
     Attributes:
         key_intervals: int32 [T, 4] on the compute device.
-        query_tiles: the tiled CPU plan; never crosses a segment border.
-        host_intervals: the same intervals as numpy, for building other plans.
+        host_intervals: the same intervals as numpy, from which plans are built.
+        segment_starts: where documents, copies and padding begin.
+        query_tile: most queries in one tile of the CPU plan.
     """
 
     key_intervals: Tensor
-    query_tiles: tuple[QueryTile, ...]
     host_intervals: IntArray
+    segment_starts: NDArray[np.int64]
+    query_tile: int
+
+    @cached_property
+    def query_tiles(self) -> tuple[QueryTile, ...]:
+        """The tiled CPU plan, made when first used; tiles never cross a segment border."""
+        borders = np.append(self.segment_starts, self.num_tokens)
+        return tuple(
+            _query_tile(self.host_intervals, start, min(start + self.query_tile, int(segment_end)))
+            for segment_start, segment_end in pairwise(borders)
+            for start in range(int(segment_start), int(segment_end), self.query_tile)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -75,13 +88,9 @@ def make_attention_mask(
     seen = (key_intervals[:, 1] - key_intervals[:, 0]) + (key_intervals[:, 3] - key_intervals[:, 2])
     assert num_tokens > 0, "a micro-batch holds at least one token"
     assert (seen > 0).all(), "every query must see at least one key"
-    borders = np.append(segment_starts, num_tokens)
-    tiles = []
-    for segment_start, segment_end in pairwise(borders):
-        for start in range(int(segment_start), int(segment_end), query_tile):
-            end = min(start + query_tile, int(segment_end))
-            tiles.append(_query_tile(key_intervals, start, end))
-    return AttentionMask(torch.from_numpy(key_intervals).to(device), tuple(tiles), key_intervals)
+    return AttentionMask(
+        torch.from_numpy(key_intervals).to(device), key_intervals, segment_starts, query_tile
+    )
 
 
 def _query_tile(key_intervals: IntArray, start: int, end: int) -> QueryTile:

@@ -114,11 +114,11 @@ def save_checkpoint(
         put_in_place(temporary, final)
 
     try:
-        run_on_main(prepare)
+        run_on_main(prepare, mesh)
         write(MODEL_DIR, _parameters(stages))
         if optimizer is not None:
             write(OPTIMIZER_DIR, optimizer.moments())
-        run_on_main(finish)
+        run_on_main(finish, mesh)
     except ValueError as error:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.model.sdar import EMBEDDING, HEAD
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 VOCABULARY = (EMBEDDING, HEAD)
 
 Shapes = dict[str, tuple[int, ...]]

@@ -8,10 +8,12 @@ drawn here, by counter, from (seed, epoch, document).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,12 +131,42 @@ class RowLoader:
         """Passes over the data so far."""
         return self.position / self.num_rows
 
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint must keep: JSON, a few bytes."""
-        return {"rows_taken": self.position}
+    def stream_identity(self) -> dict[str, object]:
+        """What a position of the stream means: everything its rows depend on."""
+        digest = hashlib.sha256()
+        digest.update(self.index.row_offsets.tobytes())
+        digest.update(self.index.doc_ids.tobytes())
+        datasets = [dataset.metadata.fingerprint[:16] for dataset in self.store.datasets]
+        return {
+            **asdict(self.options),
+            "num_rows": self.num_rows,
+            "packing": digest.hexdigest()[:16],
+            "datasets": datasets,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a checkpoint's position."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep: JSON, a few hundred bytes."""
+        return {"rows_taken": self.position, "stream": self.stream_identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's position.
+
+        Raises:
+            ValueError: the checkpoint's stream of rows is not this one, so its position would
+                repeat some documents and skip others.
+        """
+        ours, theirs = self.stream_identity(), state["stream"]
+        changed = [
+            f"{key} was {theirs.get(key)!r}, now {value!r}"
+            for key, value in ours.items()
+            if theirs.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume: the data differs from the checkpoint's ({'; '.join(changed)}); "
+                "resume with the same data and keys, or start a new run (another output_dir, "
+                "model_name_or_path: the exported model)"
+            )
         self.position = int(state["rows_taken"])
         self._ahead = None
 

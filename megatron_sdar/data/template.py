@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from megatron_sdar.data.conversations import Conversation, Turn, require_unicode
 from megatron_sdar.data.records import RecordError
 from megatron_sdar.data.tokenizer import SdarTokenizer
+from megatron_sdar.diffusion.rows import IGNORED_LABEL
 
-IGNORE_LABEL = -100
 TEMPLATES = ("qwen3", "qwen3_nothink")
 
 _THINK_OPEN = "<think>\n"
@@ -114,7 +114,7 @@ def join_pieces(
     """(ids, labels) int32 of the pieces end to end; labels are ids where trained, else -100."""
     lengths = [len(ids) for ids in piece_ids]
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in piece_ids])
-    labels = np.where(np.repeat(np.asarray(trained, dtype=bool), lengths), flat, IGNORE_LABEL)
+    labels = np.where(np.repeat(np.asarray(trained, dtype=bool), lengths), flat, IGNORED_LABEL)
     return flat, labels.astype(np.int32)
 
 

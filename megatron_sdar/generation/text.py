@@ -24,6 +24,7 @@ from megatron_sdar.model.sdar import ModelOptions, SdarStage
 from megatron_sdar.model.weights import materialize
 from megatron_sdar.parallel.mesh import (
     build_mesh,
+    device_type,
     read_launch_info,
     start_process_group,
     stop_process_group,
@@ -158,10 +159,10 @@ def generate_text(request: TextRequest, write: Callable[[str], None]) -> Generat
     tokenizer = load_tokenizer(request.model_dir)
     config = sampler_config(arch, tokenizer, request)
     ids = prompt_ids(tokenizer, request)
-    device_type = _device_type(request.device)
-    dtype = _dtype(request.dtype, device_type)
+    chosen = device_type(request.device)
+    dtype = _dtype(request.dtype, chosen)
     stream = TextStream(tokenizer)
-    device = start_process_group(launch, device_type, None, PROCESS_GROUP_TIMEOUT_SECONDS)
+    device = start_process_group(launch, chosen, None, PROCESS_GROUP_TIMEOUT_SECONDS)
     try:
         stage = _load_stage(arch, request.model_dir, device, dtype)
         result = generate(stage, ids, config, lambda block: write(stream.push(block)))
@@ -172,18 +173,9 @@ def generate_text(request: TextRequest, write: Callable[[str], None]) -> Generat
     return result
 
 
-def _device_type(name: str) -> str:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
-        return "cuda" if available else "cpu"
-    return name
-
-
-def _dtype(name: str, device_type: str) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device_type == "cuda" else "float32"
+        name = "bfloat16" if device == "cuda" else "float32"
     return DTYPES[name]
 
 

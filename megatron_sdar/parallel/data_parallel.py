@@ -2,8 +2,8 @@
 
 Gradients are summed, never averaged: the loss already carries the global denominator. With
 bf16 compute, weights and gradient accumulation stay fp32. `optim_grads` keeps gathered weights
-through a step (ZeRO-2), `optim_grads_params` frees them after each use (ZeRO-3), `no_shard`
-replicates (the mesh's dp_replicate axis carries the ranks).
+and unreduced gradients through a step, `optim_grads_params` frees both after each use (ZeRO-3),
+`no_shard` replicates (the mesh's dp_replicate axis carries the ranks).
 """
 
 from __future__ import annotations
@@ -48,11 +48,14 @@ def apply_data_parallel(
 
 
 def mark_backward(stage: nn.Module, is_last: bool, strategy: str) -> None:
-    """Tell FSDP whether the coming backward is the stage's last of the step.
+    """Tell FSDP what the coming backward does with gradients and gathered weights.
 
-    Only the last one reduces gradients; earlier ones accumulate locally.
+    `optim_grads_params` reduces after every micro-batch, so that no rank ever holds whole
+    gradients. The other strategies accumulate locally and reduce once, in the stage's last
+    backward of the step: less communication, but whole gradients live until then.
     """
     if isinstance(stage, FSDPModule):
-        stage.set_is_last_backward(is_last)
-        stage.set_requires_gradient_sync(is_last)
-        stage.set_reshard_after_backward(is_last or strategy == "optim_grads_params")
+        reduces = is_last or strategy == "optim_grads_params"
+        stage.set_is_last_backward(reduces)
+        stage.set_requires_gradient_sync(reduces)
+        stage.set_reshard_after_backward(reduces)

@@ -11,37 +11,38 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from megatron_sdar.parallel.mesh import LaunchInfo, agree, start_process_group
+from megatron_sdar.parallel.mesh import LaunchInfo, ParallelMesh, start_process_group
 
 LEAVE_TIMEOUT_SECONDS = 20
 
 Result = TypeVar("Result")
 
 
-def run_on_main(function: Callable[[], Result]) -> Result | None:
-    """Run on rank 0 only while the others wait; its error becomes everybody's.
+def run_on_main(function: Callable[[], Result], mesh: ParallelMesh) -> Result:
+    """Run on rank 0 only while the others wait, however long; all get its result or its error.
 
-    Returns:
-        The function's result on rank 0, None elsewhere.
+    Args:
+        function: what rank 0 does; its result travels to every rank, so it is small.
 
     Raises:
         ValueError: on every rank, when rank 0 raised ValueError or OSError.
 
     Collective: broadcast_object_list (world).
     """
-    result, error = None, None
-    if dist.get_rank() == 0:
+    box: list[Any] = [None, None]
+    if mesh.is_main:
         try:
-            result = function()
+            box[0] = function()
         except (ValueError, OSError) as caught:
-            error = str(caught)
-    agreed = agree(error)
-    if agreed is not None:
-        raise ValueError(agreed)
+            box[1] = str(caught)
+    dist.broadcast_object_list(box, src=0, group=mesh.control)
+    result, error = box
+    if error is not None:
+        raise ValueError(error)
     return result
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+CONTROL_TIMEOUT = timedelta(days=7)
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,6 +45,8 @@ class ParallelMesh:
         device: where this rank computes.
         pipeline_groups: None when the pipeline has one stage.
         tied_group: first and last pipeline stage of this rank's pipeline, or None.
+        control: the world on gloo with a very long timeout, for waiting while rank 0 does
+            lengthy work alone (tokenising, exporting).
     """
 
     device_mesh: DeviceMesh
@@ -51,6 +54,7 @@ class ParallelMesh:
     device: torch.device
     pipeline_groups: PipelineGroups | None
     tied_group: dist.ProcessGroup | None
+    control: dist.ProcessGroup
 
     @property
     def tp(self) -> DeviceMesh:
@@ -171,7 +175,8 @@ def build_mesh(
         columns = mesh.mesh.reshape(pp, -1).T.tolist()
         pipeline_groups = PipelineGroups(*(_own_group(columns) for _ in range(4)))
         tied_group = _group_per_row([[ranks[0], ranks[-1]] for ranks in columns])
-    return ParallelMesh(mesh, dp_mesh, device, pipeline_groups, tied_group)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return ParallelMesh(mesh, dp_mesh, device, pipeline_groups, tied_group, control)
 
 
 def _group_per_row(rows: list[list[int]]) -> dist.ProcessGroup | None:
@@ -215,17 +220,37 @@ def sum_over_world(value: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def barrier() -> None:
-    """Wait for every rank of the world. Collective: barrier (world)."""
-    dist.barrier()
+def device_type(name: str) -> str:
+    """ "cpu" or "cuda" for a configured device; "auto" takes a GPU when there is one.
 
-
-def agree(error: str | None) -> str | None:
-    """Share rank 0's error message; every rank gets it (None: all is well).
-
-    Collective: broadcast_object_list (world). Lets every rank leave with the same message
-    instead of waiting for a rank that has already failed.
+    Raises:
+        ValueError: cuda was asked for and there is none.
     """
-    box = [error]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError(
+            "device: cuda, but torch finds no GPU here; use device: cpu (--device cpu) or auto"
+        )
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def check_launch(launch: LaunchInfo, device: str, backend: str | None) -> None:
+    """Refuse what the process group could not be made of.
+
+    Args:
+        device: "cpu" or "cuda".
+        backend: ddp_backend, None for the device's own.
+
+    Raises:
+        ValueError: the backend does not serve the device, or a local rank has no GPU.
+    """
+    if backend is not None and backend != {"cpu": "gloo", "cuda": "nccl"}[device]:
+        raise ValueError(
+            f"ddp_backend: {backend} does not serve device {device}; leave it out, or use "
+            "gloo on cpu and nccl on cuda"
+        )
+    if device == "cuda" and launch.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {launch.local_rank} has no GPU: this host has "
+            f"{torch.cuda.device_count()}; launch at most that many processes per node"
+        )

@@ -3,7 +3,8 @@
 Sends are asynchronous and kept until done; receives are posted when their action is next, into
 a buffer sized from that micro-batch's own metadata, so micro-batches may differ in length and
 only those in flight hold memory. Messages of one kind between two ranks keep the order in which
-both run them, which is all NCCL needs. Gradients leave the loss already scaled.
+both run them, which is all NCCL needs once `connect` has opened every channel. Gradients leave
+the loss already scaled.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdar.parallel.mesh import ParallelMesh
-from megatron_sdar.parallel.schedule import BACKWARD, FORWARD, Action, make_schedule
+from megatron_sdar.parallel.mesh import ParallelMesh, PipelineGroups
+from megatron_sdar.parallel.schedule import BACKWARD, Action, make_schedule
 
 
 class SizedBatch(Protocol):
@@ -56,7 +57,7 @@ class _Channel:
 
 
 class PipelineExecutor:
-    """Runs forward (and backward) of all micro-batches of a step over this rank's chunks.
+    """Runs forward and backward of all micro-batches of a step over this rank's chunks.
 
     Args:
         chunks: callables (hidden or None, batch) -> hidden, or a scalar loss on the last stage.
@@ -77,13 +78,14 @@ class PipelineExecutor:
         self.activation = activation
         self.before_backward = before_backward
         self.channels = [_Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
+        if mesh.pipeline_groups is not None:
+            connect(mesh, mesh.pipeline_groups)
 
-    def run(self, batches: Sequence[SizedBatch], backward: bool = True) -> Tensor:
+    def run(self, batches: Sequence[SizedBatch]) -> Tensor:
         """Run one step's micro-batches.
 
         Args:
             batches: the micro-batches, the same on every pipeline rank.
-            backward: False runs forwards only (evaluation).
 
         Returns:
             The sum of the last stage's outputs (a scalar), detached; 0 on other stages.
@@ -93,8 +95,6 @@ class PipelineExecutor:
         """
         schedule = make_schedule(self.mesh.pp_size, len(self.chunks), len(batches))
         actions = schedule[self.mesh.pp_rank]
-        if not backward:
-            actions = [action for action in actions if action.kind == FORWARD]
         remaining = [len(batches)] * len(self.chunks)
         inputs: dict[tuple[int, int], Tensor | None] = {}
         outputs: dict[tuple[int, int], Tensor] = {}
@@ -117,8 +117,7 @@ class PipelineExecutor:
                 sends.append(_send(sent, channel.next_rank, channel.send_activation))
             else:
                 total = total + output.detach().sum()
-            if backward:
-                inputs[key], outputs[key] = hidden, output
+            inputs[key], outputs[key] = hidden, output
         for work, _ in sends:
             work.wait()
         return total
@@ -158,6 +157,27 @@ class PipelineExecutor:
             dtype=self.activation.dtype,
             device=self.mesh.device,
         )
+
+
+def connect(mesh: ParallelMesh, groups: PipelineGroups) -> None:
+    """Send one number through every channel, in an order that cannot wait in a circle.
+
+    NCCL makes a two-rank communicator on a channel's first message and blocks until the peer
+    does the same; in the middle of a schedule that could deadlock.
+
+    Collectives: point-to-point messages along the whole pipeline.
+    """
+    ranks = dist.get_process_group_ranks(mesh.pp.get_group())
+    me, last = mesh.pp_rank, mesh.pp_size - 1
+    token = torch.zeros(1, device=mesh.device)
+    up = [(groups.forward, stage, stage + 1) for stage in range(last)]
+    down = [(groups.backward, stage + 1, stage) for stage in range(last)]
+    around = [(groups.forward_wrap, last, 0), (groups.backward_wrap, 0, last)]
+    for group, source, target in [*up, *down, *around]:
+        if me == source:
+            dist.send(token, dst=ranks[target], group=group)
+        elif me == target:
+            dist.recv(token, src=ranks[source], group=group)
 
 
 def _send(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:

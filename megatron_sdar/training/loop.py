@@ -31,7 +31,7 @@ from megatron_sdar.model.weights import initialize
 from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
-from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord
+from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.setup import (
     describe_pack,
@@ -101,14 +101,9 @@ class TrainingRun:
         Collectives: all of training.
         """
         started = time.monotonic()
-        run_on_main(lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
         training = self.config.training
-        resume = resolve_resume(
-            self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir
-        )
-        for line in incomplete_checkpoints(self.output_dir):
-            self.say(f"passed over: {line}")
-        store = prepare_data(self.config, self.say)
+        resume = run_on_main(self._choose_start, self.mesh)
+        store = prepare_data(self.config, self.mesh, self.say)
         index = pack(self.config, self.arch, store)
         self.say(describe_pack(index, self.config))
         loader = make_loader(self.config, self.arch, self.mesh, store, index)
@@ -120,13 +115,23 @@ class TrainingRun:
             self._resume(resume, step, loader)
         total = total_steps(self.config, loader)
         self.say(self._describe(loader, total))
-        last_checkpoint = self._train(step, loader, total)
+        last_checkpoint = self._train(step, loader, total, resume)
         loader.close()
         if training.export_hf:
-            run_on_main(lambda: self._export(last_checkpoint))
+            run_on_main(lambda: self._export(last_checkpoint), self.mesh)
         if training.plot_loss:
-            run_on_main(self._plot)
+            run_on_main(self._plot, self.mesh)
         self.say(self._summary(total, time.monotonic() - started, last_checkpoint))
+
+    def _choose_start(self) -> Path | None:
+        """Make output_dir; the checkpoint to resume from, None to start afresh (rank 0)."""
+        training = self.config.training
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        for line in incomplete_checkpoints(self.output_dir):
+            self.say(f"passed over: {line}")
+        return resolve_resume(
+            self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir
+        )
 
     def _start_weights(self, stages: list[SdarStage]) -> None:
         model = self.config.model
@@ -153,12 +158,19 @@ class TrainingRun:
             self.first_loss = math.nan if first_loss is None else first_loss
         self.say(f"resumed from {path}: step {self.done}, epoch {loader.epoch:.3f}")
 
-    def _train(self, step: TrainingStep, loader: RowLoader, total: int) -> Path:
+    def _train(
+        self, step: TrainingStep, loader: RowLoader, total: int, resumed: Path | None
+    ) -> Path:
+        """Run the remaining steps; returns the last step's checkpoint."""
         training, optim = self.config.training, self.config.optim
         log_every = steps_between(training.logging_steps, total)
         save_every = steps_between(training.save_steps, total)
         warmup = resolve_warmup_steps(optim.warmup_steps, optim.warmup_ratio, total)
-        checkpoint: Path | None = None
+        checkpoint = resumed
+        if checkpoint is not None and self.done >= total:
+            self.say(f"step {self.done} of {total} is done already: nothing left to train")
+            return checkpoint
+        run_on_main(lambda: trim_log(self.output_dir, self.done), self.mesh)
         with self._reporting(total) as reporter:
             logged_at = time.monotonic()
             while self.done < total:
@@ -182,12 +194,10 @@ class TrainingRun:
                     logged_at, self.interval = now, Interval()
                 periodic = training.save_strategy == "steps" and self.done % save_every == 0
                 if periodic or self.done == total:
+                    saving_at = time.monotonic()
                     checkpoint = self._save(step, loader)
-        if checkpoint is None:
-            raise ValueError(
-                f"{self.output_dir}: step {self.done} of {total} is already done; raise max_steps "
-                "or num_train_epochs to go on, or set overwrite_output_dir: true to start afresh"
-            )
+                    logged_at += time.monotonic() - saving_at  # rates leave saving out
+        assert checkpoint is not None, "the last step is always saved"
         return checkpoint
 
     def _reporting(self, total: int) -> AbstractContextManager[Reporter | None]:
@@ -246,7 +256,7 @@ class TrainingRun:
         )
         if training.save_total_limit is not None:
             limit = training.save_total_limit
-            run_on_main(lambda: prune_checkpoints(self.output_dir, limit))
+            run_on_main(lambda: prune_checkpoints(self.output_dir, limit), self.mesh)
         return path
 
     def _export(self, checkpoint: Path) -> None:
@@ -266,10 +276,12 @@ class TrainingRun:
         )
 
     def _summary(self, total: int, seconds: float, checkpoint: Path) -> str:
+        losses = "nothing was left to train"
+        if math.isfinite(self.last_loss):
+            losses = f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}"
         lines = [
             "",
-            f"done: {total} steps in {seconds:.0f} s; loss {self.first_loss:.4f} -> "
-            f"{self.last_loss:.4f}",
+            f"done: {total} steps, {seconds:.0f} s; {losses}",
             f"  checkpoint        {checkpoint}",
             f"  log               {self.output_dir / LOG_NAME}",
         ]

@@ -1,7 +1,7 @@
 """What the user watches: progress, trainer_log.jsonl, the summary. Rank 0 only.
 
-On a terminal a progress bar; otherwise one plain line per logged step. A resumed run first
-drops log lines beyond the step it resumes from, so no step is logged twice.
+On a terminal a progress bar; otherwise one plain line per logged step. Before a run starts,
+`trim_log` drops log lines beyond the step it resumes from, so no step is logged twice.
 """
 
 from __future__ import annotations
@@ -51,6 +51,21 @@ class StepRecord:
     row_tokens_per_s: float
 
 
+def trim_log(output_dir: Path, start_step: int) -> None:
+    """Keep the log's records up to `start_step`; a fresh run (0) starts an empty log.
+
+    Raises:
+        ValueError, OSError: the log is damaged, or cannot be written.
+    """
+    path = output_dir / LOG_NAME
+    kept = []
+    if start_step and path.exists():
+        kept = [record for record in read_log(path) if record["step"] <= start_step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class Reporter:
     """Writes the log and shows progress; a context manager.
 
@@ -71,7 +86,6 @@ class Reporter:
         self._task = TaskID(0)
 
     def __enter__(self) -> Reporter:
-        self._trim_log()
         self._log = self.log_path.open("a", encoding="utf-8")
         if self._console.is_terminal:
             self._progress = Progress(
@@ -99,15 +113,6 @@ class Reporter:
             self._progress.stop()
         if self._log is not None:
             self._log.close()
-
-    def _trim_log(self) -> None:
-        """Keep the records up to the start step; a fresh run starts an empty log."""
-        kept = []
-        if self.start_step and self.log_path.exists():
-            kept = [r for r in read_log(self.log_path) if r["step"] <= self.start_step]
-        temporary = self.log_path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self.log_path)
 
     def advance(self, step: int) -> None:
         """Move the bar; called every step."""

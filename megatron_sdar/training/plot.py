@@ -21,9 +21,26 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a trainer_log.jsonl."""
+    """The records of a trainer_log.jsonl.
+
+    A last line without its newline was being written when a run was killed and is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object.
+    """
+    records = []
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: not a log record ({error}); move the file away to go on"
+                ) from error
+            records.append(record)
+    return records
 
 
 def plot_loss(log_path: Path, image_path: Path) -> bool:

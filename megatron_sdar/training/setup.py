@@ -27,6 +27,7 @@ from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage
 from megatron_sdar.model.weights import materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
+from megatron_sdar.optim.schedules import lr_multiplier
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
 from megatron_sdar.training.step import TrainingStep, named_parameters
@@ -38,6 +39,12 @@ class Precision:
 
     params: torch.dtype
     compute: torch.dtype
+
+
+def check_schedule(config: SdarConfig) -> None:
+    """Refuse schedule arguments that the schedule would refuse at the first step (ValueError)."""
+    optim = config.optim
+    lr_multiplier(optim.lr_scheduler_type, 0, 2, 1, optim.lr_scheduler_kwargs, optim.learning_rate)
 
 
 def precision(config: SdarConfig) -> Precision:
@@ -91,21 +98,49 @@ def resolve_architecture(config: SdarConfig) -> Architecture:
     return arch
 
 
-def prepare_data(config: SdarConfig, say: Callable[[str], None]) -> DocumentStore:
+def prepare_data(
+    config: SdarConfig, mesh: ParallelMesh, say: Callable[[str], None]
+) -> DocumentStore:
     """Tokenise on rank 0 if asked by name, then open the token files on every rank.
 
     Args:
         say: called on rank 0 with lines for the user.
+
+    Raises:
+        ValueError: unreadable data; token files made with other options than the
+            configuration asks for.
 
     Collective: broadcast_object_list (world).
     """
     data = config.data
     if data.data_path:
         prefixes = list(data.data_path)
+        for prefix in prefixes:
+            _check_recipe(prefix, data)
     else:
         prefixes = [data.tokenized_path or f"{config.training.output_dir}/tokenized/data"]
-        run_on_main(lambda: _tokenise(config, prefixes[0], say))
+        run_on_main(lambda: _tokenise(config, prefixes[0], say), mesh)
     return DocumentStore([TokenizedDataset(prefix) for prefix in prefixes])
+
+
+def _check_recipe(prefix: str, data: DataConfig) -> None:
+    """Refuse options that the token files at `prefix` were not made with.
+
+    Keys left at their default follow the files; a key that was set must agree with them.
+    """
+    recipe = read_metadata(prefix).recipe
+    defaults = DataConfig()
+    found = {**recipe.template, "max_samples": recipe.max_samples}
+    problems = [
+        f"{key} is {getattr(data, key)!r}, the files were made with {was!r}"
+        for key, was in found.items()
+        if getattr(data, key) not in (was, getattr(defaults, key))
+    ]
+    if problems:
+        raise ValueError(
+            f"data_path: {prefix} is tokenised already and these keys come too late: "
+            f"{'; '.join(problems)}; remove them, or run tools/preprocess_data.py with them"
+        )
 
 
 def _tokenise(config: SdarConfig, prefix: str, say: Callable[[str], None]) -> None:

@@ -57,7 +57,7 @@ class TrainingStep:
 
     Args:
         stages: materialised stages of this rank.
-        optimizer: None for evaluation only.
+        optimizer: over the stages' parameters.
         normalization: loss_normalization.
         sharding_strategy: data_parallel_sharding_strategy.
         max_grad_norm: 0 turns clipping off.
@@ -69,7 +69,7 @@ class TrainingStep:
         arch: Architecture,
         mesh: ParallelMesh,
         stages: Sequence[SdarStage],
-        optimizer: ShardedAdamW | None,
+        optimizer: ShardedAdamW,
         *,
         normalization: str = "global",
         sharding_strategy: str = "optim_grads",
@@ -133,7 +133,6 @@ class TrainingStep:
             FloatingPointError: on every rank, before any weight changes, when the loss or the
                 gradient norm is not finite.
         """
-        assert self.optimizer is not None, "an evaluation-only step cannot train"
         self.optimizer.zero_grad()
         loss_tensor, label_tokens = self.backward(micro_batches)
         gradients = local_gradients(self.parameters)

@@ -46,7 +46,8 @@ from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
-from megatron_sdar.parallel.mesh import ParallelMesh, agree, barrier, build_mesh
+from megatron_sdar.parallel.launch import run_on_main
+from megatron_sdar.parallel.mesh import ParallelMesh, barrier, build_mesh
 from megatron_sdar.parallel.sharding import local_ranges
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
@@ -246,7 +247,7 @@ def job_failures(directory: Path) -> None:
     text = expect_value_error(lambda: run.save(directory / "a_file"))
     assert "cannot save" in text
     assert "a_file" in text
-    assert agree(text if rank == 0 else None) == text, "every rank has rank 0's message"
+    assert run_on_main(lambda: text, run.mesh) == text, "every rank has rank 0's message"
 
     text = expect_value_error(
         lambda: load_checkpoint(directory / "nowhere", run.stages, run.optimizer)

@@ -507,7 +507,7 @@ MODEL = Architecture(
     rms_norm_eps=1e-6,
     rope_theta=1e6,
     tie_word_embeddings=False,
-    max_position_embeddings=512,
+    max_position_embeddings=4096,
     block_size=4,
     mask_token_id=999,
 )
@@ -579,8 +579,8 @@ def test_what_fits_passes(load: Load) -> None:
         ("save_steps: 2.5", {}, 1, "save_steps=2.5 must be a whole number of steps, or a frac"),
         ("logging_steps: 1.5", {}, 1, "logging_steps=1.5 must be a whole number of steps"),
         ("logging_steps: 0.5\nsave_steps: 1.0", {}, 1, ""),
-        ("device: cpu\nddp_backend: nccl", {}, 1, "ddp_backend: nccl needs CUDA"),
-        ("device: cuda\nddp_backend: nccl", {}, 1, ""),
+        ("cutoff_len: 4096", {}, 1, ""),
+        ("cutoff_len: 4100", {}, 1, "cutoff_len=4100 exceeds the model's max_position_embeddings"),
     ],
 )  # fmt: skip
 def test_each_rule_alone(

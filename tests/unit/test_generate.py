@@ -202,7 +202,7 @@ def test_more_than_one_process_is_refused(model_dir: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_gpu_is_refused(model_dir: Path) -> None:
-    with pytest.raises(ValueError, match="torch finds no CUDA device; use --device cpu"):
+    with pytest.raises(ValueError, match="torch finds no GPU here; use device: cpu"):
         generate_text(TextRequest(model_dir, "x", device="cuda"), print)
 
 

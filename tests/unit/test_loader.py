@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -149,3 +150,30 @@ def test_store_numbers_documents_through_and_refuses_mixed_tokenizers(
     other.metadata = replace(other.metadata, mask_token_id=other.metadata.mask_token_id + 1)
     with pytest.raises(ValueError, match=r"mask_token_id is .* one tokenizer"):
         DocumentStore([dataset, other])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 4}, "seed was 3, now 4"),
+        ({"noise_eps": 0.01}, "noise_eps was 0.001, now 0.01"),
+        ({"shuffle": False}, "shuffle was True, now False"),
+    ],
+)
+def test_resume_on_another_stream_is_refused(
+    dataset: TokenizedDataset, changes: dict[str, object], named: str
+) -> None:
+    stopped = make_loader(dataset)
+    stopped.next_step()
+    state = json.loads(json.dumps(stopped.state_dict()))
+    other = make_loader(dataset)
+    other.options = replace(other.options, **changes)
+    with pytest.raises(ValueError, match=f"cannot resume: .*{named}"):
+        other.load_state_dict(state)
+    repacked = make_loader(dataset)
+    repacked.index = replace(repacked.index, doc_ids=repacked.index.doc_ids[::-1].copy())
+    with pytest.raises(ValueError, match=r"cannot resume: .*packing was"):
+        repacked.load_state_dict(state)
+    wider = make_loader(dataset, num_micro_batches=2, dp_size=2)
+    wider.load_state_dict(state)
+    assert wider.position == stopped.position, "another data-parallel size goes on"

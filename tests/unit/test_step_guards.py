@@ -14,7 +14,7 @@ from distributed.layouts import Layout, build, make_steps, micro_batches
 from megatron_sdar.optim.adamw import takes_weight_decay
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.loop import steps_between
-from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord
+from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
 from megatron_sdar.training.plot import plot_loss, read_log, smooth
 
 RECORD = StepRecord(1, 2.5, 1.0, 1e-3, 0.5, 100.0, 300.0)
@@ -63,19 +63,31 @@ def test_steps_between(value: float, total: int, expected: int) -> None:
 
 
 def test_log_has_the_promised_fields_and_is_trimmed_on_resume(tmp_path: Path) -> None:
+    trim_log(tmp_path, 0)
     with Reporter(tmp_path, total_steps=4, start_step=0) as reporter:
         for step in (1, 2, 3):
             reporter.log(replace(RECORD, step=step))
     records = read_log(tmp_path / LOG_NAME)
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"step", "loss", "grad_norm", "lr", "epoch"} <= set(records[0])
+    trim_log(tmp_path, 2)
     with Reporter(tmp_path, total_steps=4, start_step=2) as reporter:
         reporter.log(replace(RECORD, step=3, loss=9.0))
     records = read_log(tmp_path / LOG_NAME)
     assert [record["step"] for record in records] == [1, 2, 3], "no step is logged twice"
     assert records[-1]["loss"] == 9.0
-    with Reporter(tmp_path, total_steps=4, start_step=0):
-        assert read_log(tmp_path / LOG_NAME) == [], "a fresh run starts a fresh log"
+    trim_log(tmp_path, 0)
+    assert read_log(tmp_path / LOG_NAME) == [], "a fresh run starts a fresh log"
+
+
+def test_a_log_line_torn_by_a_kill_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    log = tmp_path / LOG_NAME
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    trim_log(tmp_path, 2)
+    assert read_log(log) == [{"step": 1, "loss": 2.0}]
+    log.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=rf"{LOG_NAME}:2: not a log record"):
+        trim_log(tmp_path, 3)
 
 
 def test_plot_is_written_and_smoothing_follows_the_values(tmp_path: Path) -> None:
