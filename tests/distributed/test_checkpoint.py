@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed.layouts import (
     LR,
@@ -47,7 +48,7 @@ from megatron_sdar.model.sdar import ModelOptions, SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import ParallelMesh, barrier, build_mesh
+from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
 from megatron_sdar.parallel.sharding import local_ranges
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
@@ -218,7 +219,7 @@ def expect_value_error(function: Callable[[], object]) -> str:
     try:
         function()
     except ValueError as error:
-        barrier()
+        dist.barrier()
         return str(error)
     raise AssertionError("no ValueError")
 
@@ -243,7 +244,7 @@ def job_failures(directory: Path) -> None:
 
     if rank == 0:
         (directory / "a_file").write_text("")
-    barrier()
+    dist.barrier()
     text = expect_value_error(lambda: run.save(directory / "a_file"))
     assert "cannot save" in text
     assert "a_file" in text
@@ -272,7 +273,7 @@ def job_failures(directory: Path) -> None:
         marker = json.loads((damaged / "COMMITTED").read_text())
         marker["files"]["model/shard-00003.safetensors"] -= 1
         (damaged / "COMMITTED").write_text(json.dumps(marker))
-    barrier()
+    dist.barrier()
     text = expect_value_error(lambda: load_checkpoint(damaged, run.stages, run.optimizer))
     assert text.startswith(f"{cut}: not a whole safetensors file"), text
 
