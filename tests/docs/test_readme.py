@@ -1,7 +1,9 @@
-"""Every command of README.md runs, in the order in which a reader meets them.
+"""Every command of README.md runs, in the order in which a reader meets them, and does its work.
 
-They run in a copy of the tracked tree, so that nothing is left behind in the checkout. `make
-test` is this very run and is only checked to be the pytest call.
+They run in a copy of the tracked tree, so that nothing is left behind in the checkout, and with
+what a reader has: the project installed in the first `python` on PATH. `make` is told to use
+that interpreter instead of making .venv; `make test` is this very run and is only checked to be
+the pytest call.
 """
 
 from __future__ import annotations
@@ -12,13 +14,24 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sdar.checkpoint.run_directory import read_marker
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 MAKE_TEST = "make test"
+ACTIVATE = ". .venv/bin/activate"
+# What make and conftest.py add to the environment of a test run; a reader's shell lacks it.
+TEST_RUN_VARIABLES = ("PYTHONPATH", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+
+Result = subprocess.CompletedProcess[str]
 
 
 def readme_commands() -> list[str]:
@@ -28,6 +41,13 @@ def readme_commands() -> list[str]:
 
 
 COMMANDS = readme_commands()
+RUN = [command for command in COMMANDS if command not in (MAKE_TEST, ACTIVATE)]
+
+
+def readers_environment() -> dict[str, str]:
+    """This environment, with this interpreter's folder in the place of .venv/bin."""
+    kept = {name: value for name, value in os.environ.items() if name not in TEST_RUN_VARIABLES}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +60,20 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(command: str, directory: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """Run a README command with this interpreter in place of the one of .venv."""
-    scripts = Path(sys.executable).parent
-    paths = [str(directory), str(directory / "kernels")]
-    environment = {
-        **os.environ,
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
-    if command.startswith("make"):
-        command += f" PYTHON={sys.executable}"
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether this interpreter finds this checkout's packages by itself."""
+    code = "import megatron_sdar, sdar_kernels as k; print(megatron_sdar.__file__, k.__file__)"
+    found = run(f'python -c "{code}"', tmp_path_factory.mktemp("elsewhere")).stdout.split()
+    return len(found) == 2 and all(Path(path).is_relative_to(ROOT) for path in found)
+
+
+def run(command: str, directory: Path, timeout: int = 600) -> Result:
     return subprocess.run(
         command,
         shell=True,
         cwd=directory,
-        env=environment,
+        env=readers_environment(),
         text=True,
         capture_output=True,
         timeout=timeout,
@@ -69,42 +86,177 @@ def test_the_first_commands_are_demo_and_test() -> None:
 
 
 def test_make_test_is_pytest(checkout: Path) -> None:
-    result = run(f"{MAKE_TEST} --dry-run", checkout)
+    result = run(f"{MAKE_TEST} --dry-run PYTHON={sys.executable}", checkout)
     assert result.returncode == 0, result.stderr
     assert "-m pytest -m 'not slow'" in result.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != MAKE_TEST])
-def test_command_runs(command: str, checkout: Path) -> None:
-    result = run(command, checkout)
+def test_make_makes_what_is_activated_before_it_is_needed(checkout: Path) -> None:
+    assert COMMANDS.count(ACTIVATE) == 1
+    needed = [place for place, line in enumerate(COMMANDS) if not line.startswith("make ")]
+    assert needed[0] == COMMANDS.index(ACTIVATE)
+    result = run("make demo --dry-run", checkout)
+    assert result.returncode == 0, result.stderr
+    environment = Path(ACTIVATE.removeprefix(". ")).parents[1]
+    assert re.search(rf"^\S+ -m venv {re.escape(str(environment))}$", result.stdout, re.MULTILINE)
+    assert f"{environment}/bin/python -m pip install -e" in result.stdout
+
+
+def test_every_command_has_its_own_effect() -> None:
+    found = [[key for key in EFFECTS if key in command] for command in RUN]
+    assert sorted(found) == sorted([key] for key in EFFECTS), found
+
+
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
+def test_command_runs_and_has_its_effect(command: str, checkout: Path, installed: bool) -> None:
+    made = command.startswith("make ")
+    if not (made or installed):
+        pytest.skip(f"{sys.executable} has not got this checkout installed, as .venv would")
+    result = run(f"{command} PYTHON={sys.executable}" if made else command, checkout)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "Warning" not in result.stderr, result.stderr[-3000:]
-    check = EFFECTS.get(command.split(" ")[0] + " " + command.split(" ")[1])
-    if check is not None:
-        check(checkout, result.stdout)
+    (effect,) = (EFFECTS[key] for key in EFFECTS if key in command)
+    effect(checkout, result)
 
 
-def demo_left_everything(checkout: Path, stdout: str) -> None:
-    output = checkout / "demo" / "output"
-    records = [json.loads(line) for line in (output / "trainer_log.jsonl").open()]
-    assert len(records) == 60
+def test_a_fresh_start_is_no_resume(checkout: Path, installed: bool) -> None:
+    """The check of the resumed run is not blind; runs last, since it starts demo/mine anew."""
+    if not installed:
+        pytest.skip(f"{sys.executable} has not got this checkout installed, as .venv would")
+    (command,) = (command for command in RUN if "overwrite_output_dir=false" in command)
+    result = run(command.replace("_dir=false", "_dir=true"), checkout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(read_log(checkout / "demo/mine")) == 6
+    with pytest.raises(AssertionError, match="no word of it"):
+        run_was_resumed(checkout, result)
+    with pytest.raises(AssertionError, match="other first steps"):
+        log_was_continued(checkout)
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    with (directory / "trainer_log.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face directory, each from the file that the index names."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(set(index["weight_map"].values())):
+        tensors = load_file(directory / file)
+        assert set(tensors) == {n for n, home in index["weight_map"].items() if home == file}
+        weights |= tensors
+    return weights
+
+
+def first_run(checkout: Path) -> Path:
+    """What the torchrun command left, kept: later commands write to its output_dir."""
+    return checkout.parent / "first-run"
+
+
+def demo_left_everything(checkout: Path, result: Result) -> None:
+    output = checkout / "demo/output"
+    records = read_log(output)
+    assert [record["step"] for record in records] == list(range(1, 61))
     for record in records:
         assert {"step", "loss", "grad_norm", "lr", "epoch"} <= set(record)
     first = sum(record["loss"] for record in records[:5]) / 5
     last = sum(record["loss"] for record in records[-5:]) / 5
     assert last < 0.5 * first, f"the loss went from {first} to {last}"
     assert (output / "training_loss.png").read_bytes().startswith(b"\x89PNG")
-    index = json.loads((output / "model.safetensors.index.json").read_text())
-    assert "lm_head.weight" in index["weight_map"]
-    for name in ("config.json", "tokenizer.json", "checkpoint-60/COMMITTED"):
+    assert "lm_head.weight" in read_weights(output)
+    for name in ("config.json", "tokenizer.json"):
         assert (output / name).exists(), name
-    assert "####" in stdout or "<think>" in stdout, "the decoded answer is shown"
+    assert read_marker(output / "checkpoint-60").step == 60
+    assert "####" in result.stdout or "<think>" in result.stdout, "the decoded answer is shown"
 
 
-def resumed(checkout: Path, stdout: str) -> None:
-    if "overwrite_output_dir=false" in stdout or "resumed from" in stdout:
-        records = [json.loads(line) for line in (checkout / "demo/mine/trainer_log.jsonl").open()]
-        assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+def data_is_tokenised(checkout: Path, result: Result) -> None:
+    data = checkout / "demo/data"
+    for suffix in (".bin", ".idx", ".labels.bin", ".labels.idx"):
+        # make demo has tokenised the same file.
+        ours = (data / f"mine{suffix}").read_bytes()
+        assert ours == (data / f"arithmetic{suffix}").read_bytes() != b"", suffix
+    documents = len((data / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    assert json.loads((data / "mine.json").read_text())["num_documents"] == documents
+    assert re.search(rf"^documents +{documents:,}$", result.stdout, re.MULTILINE)
+    for length in (256, 512):
+        fill = rf"^rows of {length} +[\d,]+ rows, [\d.]+% full at block_length 4; 0 documents cut"
+        assert re.search(fill, result.stdout, re.MULTILINE), result.stdout
 
 
-EFFECTS = {"make demo": demo_left_everything, "python pretrain_sdar.py": resumed}
+def keys_are_listed(checkout: Path, result: Result) -> None:
+    del checkout
+    assert result.stdout.startswith("usage: torchrun")
+    for key in ("data_path", "tensor_model_parallel_size", "max_steps", "overwrite_output_dir"):
+        assert re.search(rf"^ *{key}\b", result.stdout, re.MULTILINE), key
+
+
+def four_steps_were_trained(checkout: Path, result: Result) -> None:
+    del result
+    output = checkout / "demo/mine"
+    assert [record["step"] for record in read_log(output)] == [1, 2, 3, 4]
+    marker = read_marker(output / "checkpoint-4")
+    assert (marker.step, marker.has_optimizer) == (4, True)
+    assert marker.layout == {"tp": 2, "pp": 1, "dp": 1}
+    shutil.copytree(output, first_run(checkout), ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert read_weights(first_run(checkout))
+
+
+def run_was_resumed(checkout: Path, result: Result) -> None:
+    assert re.search(r"^resumed from \S*checkpoint-4\b", result.stdout, re.MULTILINE), (
+        "no word of it: " + result.stdout
+    )
+    log_was_continued(checkout)
+    assert read_marker(checkout / "demo/mine/checkpoint-6").step == 6
+
+
+def log_was_continued(checkout: Path) -> None:
+    records = read_log(checkout / "demo/mine")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    # The times in the records of a second start differ, even where the losses agree.
+    assert records[:4] == read_log(first_run(checkout)), "other first steps"
+
+
+def checkpoint_became_hugging_face(checkout: Path, result: Result) -> None:
+    del result
+    converted, exported = checkout / "demo/mine-hf", first_run(checkout)
+    ours, theirs = read_weights(converted), read_weights(exported)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    for name in ("config.json", "tokenizer.json"):
+        assert (converted / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def hugging_face_became_native(checkout: Path, result: Result) -> None:
+    del result
+    native = checkout / "demo/mine-native"
+    marker = read_marker(native)
+    assert (marker.step, marker.has_optimizer) == (0, False)
+    (shard,) = (native / "model").glob("*.safetensors")
+    ours, theirs = load_file(shard), read_weights(checkout / "demo/mine-hf")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        rows, padding = ours[name].split((len(tensor), len(ours[name]) - len(tensor)))
+        assert torch.equal(rows, tensor), name
+        assert not padding.any(), name
+
+
+def text_was_generated(checkout: Path, result: Result) -> None:
+    del checkout
+    assert result.stdout.strip(), "only blank lines"
+    assert re.search(r"^[1-9]\d* tokens, [1-9]\d* forwards", result.stderr, re.MULTILINE)
+
+
+# By a part of the command that no other command has.
+EFFECTS: dict[str, Callable[[Path, Result], None]] = {
+    "make demo": demo_left_everything,
+    "tools/preprocess_data.py": data_is_tokenised,
+    "pretrain_sdar.py --help": keys_are_listed,
+    "torchrun ": four_steps_were_trained,
+    "overwrite_output_dir=false": run_was_resumed,
+    "--format hf": checkpoint_became_hugging_face,
+    "--format native": hugging_face_became_native,
+    "tools/generate.py": text_was_generated,
+}
