@@ -26,7 +26,7 @@ def run_python(arguments: Sequence[str], cwd: Path = ROOT) -> subprocess.Complet
         env=environment,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
