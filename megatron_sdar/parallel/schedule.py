@@ -1,9 +1,10 @@
 """Pipeline schedules as action lists: 1F1B and interleaved 1F1B, for any number of micro-batches.
 
 A schedule is data: for every pipeline rank the order in which it runs forward and backward of
-its (chunk, micro-batch) pairs. Each list is checked by simulating all ranks together, so a
-schedule that reaches the executor cannot deadlock. Sources: Narayanan et al. 2021
-(arXiv 2104.04473), sections 2.2.1 (1F1B) and 2.2.2 (interleaved).
+its (chunk, micro-batch) pairs. Each list is checked by simulating all ranks together, so with
+sends that do not block it cannot deadlock (pipeline.connect opens NCCL's channels, whose first
+message would). Source: Narayanan et al. 2021 (arXiv 2104.04473), 2.2.1 (1F1B), 2.2.2
+(interleaved).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_sdar.training.step import TrainingStep, named_parameters
 BLOCK, ROW, MASK_ID, PAD_ID = 4, 64, 130, 0
 LR, WEIGHT_DECAY, MAX_GRAD_NORM, STEPS, SEED = 1e-2, 0.1, 0.5, 3, 7
 ROWS_PER_STEP = 4
+FLOOR = 1e-11
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,12 @@ def initial_weights(layout: Layout) -> dict[str, torch.Tensor]:
 def mismatches(
     result: dict[str, object], expected: dict[str, object], rtol: float = 1e-9
 ) -> list[str]:
-    """Everything in which a run differs from the oracle; empty when equal."""
+    """Everything in which a run differs from the oracle; empty when equal.
+
+    Every element of a tensor must agree to rtol of its own size, plus FLOOR of the tensor's
+    largest element, which is what cancellation leaves of an element near zero (measured over
+    all layouts: gradients 6e-15, weights after three steps 5e-12).
+    """
     found: list[str] = []
     for key in ("losses", "norms"):
         if not np.allclose(result[key], expected[key], rtol=rtol, atol=0):
@@ -321,14 +326,12 @@ def mismatches(
             found.append(f"{key}: missing {sorted(missing)}, extra {sorted(extra)}")
         for name in sorted(set(ours) & set(theirs)):
             scale = theirs[name].abs().max().clamp(min=1e-12)
-            error = ((ours[name] - theirs[name]).abs().max() / scale).item()
-            if not error <= rtol:
-                found.append(f"{key} {name}: relative error {error:.2e}")
+            allowed = rtol * theirs[name].abs() + FLOOR * scale
+            excess = ((ours[name] - theirs[name]).abs() / allowed).max().item()
+            if not excess <= 1.0:
+                found.append(f"{key} {name}: {excess:.2e} times the allowed error")
         for name in tied_names & set(ours):
             twin = ours["model.embed_tokens.weight"]
             if not torch.equal(ours[name], twin):
                 found.append(f"{key} {name}: differs from its tied twin")
     return found
-
-
-Runner = Callable[[Layout, Path], None]
