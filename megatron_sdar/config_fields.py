@@ -94,13 +94,31 @@ class DataConfig:
         "prefix that keeps what `dataset` tokenises to; default: under output_dir", None
     )
     overwrite_cache: bool = _key("tokenise again even when tokenized_path is complete", False)
-    template: str = _key("chat template", "qwen3", choices=("qwen3", "qwen3_nothink"))
+    template: str = _key(
+        "chat template; chat_template: the tokenizer's own",
+        "qwen3",
+        choices=("qwen3", "qwen3_nothink", "chat_template"),
+    )
+    llamafactory_version: str = _key(
+        "whose template behaviour: 0.9.4 is the SDAR fork's, 0.9.6 upstream's (thoughts without "
+        "newlines are recognised)",
+        "0.9.4",
+        choices=("0.9.4", "0.9.6"),
+    )
     cutoff_len: int = _key("tokens of one packed row", 2048, minimum=1)
     block_length: int | None = _key(
         "diffusion block; default: block_size of config.json", None, minimum=1
     )
-    truncate_mode: str = _key(
-        "a document longer than a row is cut at its end, or dropped", "cut", choices=("cut", "drop")
+    truncate_mode: str | None = _key(
+        "a document longer than a row: cut shortens its prompts and answers, drop leaves it out, "
+        "split makes several of it; default: cut, for stage pt split",
+        None,
+        choices=("cut", "drop", "split"),
+    )
+    packing_algorithm: str = _key(
+        "exact_fill: as few rows as can be; llamafactory: the published rows, defects included",
+        "exact_fill",
+        choices=("exact_fill", "llamafactory"),
     )
     neat_packing: bool = _key("several documents per row, isolated from each other", True)
     packing: bool | None = _key("LLaMA-Factory's other name of neat_packing", None)
@@ -113,9 +131,29 @@ class DataConfig:
     train_on_prompt: bool = _key("train on prompts too", False)
     default_system: str | None = _key("system prompt of documents that have none", None)
     max_samples: int | None = _key("first N documents of each dataset", None, minimum=1)
-    preprocessing_num_workers: int | None = _key("tokenising processes", None, minimum=1)
+    mix_strategy: str = _key(
+        "several datasets: concat; interleave_under: take turns until the first is used up; "
+        "interleave_over: until all are, repeating the short ones; blend: rows in the proportions "
+        "of blend_weights, each dataset in epochs of its own",
+        "concat",
+        choices=("concat", "interleave_under", "interleave_over", "blend"),
+    )
+    interleave_probs: str | None = _key(
+        "interleave: how likely each dataset is, such as 0.7,0.3; default: in turn", None
+    )
+    blend_weights: str | None = _key(
+        "blend: one weight per dataset, such as 0.7,0.3; they may change at a step: "
+        "0.7,0.3; 0.5,0.5 @1000",
+        None,
+    )
+    val_size: float = _key(
+        "documents held out of training: a number, or below 1 a fraction", 0.0, minimum=0
+    )
+    preprocessing_num_workers: int | None = _key(
+        "tokenising processes; default: one per core", None, minimum=1
+    )
     dataloader_num_workers: int = _key(
-        "0: build rows between steps; above 0: one thread builds them ahead", 0, minimum=0
+        "processes that build rows ahead; 0: a thread of the trainer does", 0, minimum=0
     )
     disable_shuffling: bool = _key("keep the file order", False)
     on_data_error: str = _key(
@@ -203,7 +241,10 @@ class TrainingConfig:
     output_dir: str = _key("directory of checkpoints, metrics and the final model")
     overwrite_output_dir: bool = _key("start afresh in a directory that holds a run", False)
     stage: str = _key(
-        "training stage", "sft", choices=("sft",), advice="only supervised fine-tuning is available"
+        "sft: answers are trained; pt: continued pretraining on plain text",
+        "sft",
+        choices=("sft", "pt"),
+        advice="reward models and preference training are not available",
     )
     do_train: bool = _key(
         "must stay true", True, choices=(True,), advice="this program only trains"

@@ -52,6 +52,8 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
     if data.mask_history and data.train_on_prompt:
         yield "mask_history and train_on_prompt exclude each other; keep one of them"
 
+    yield from _mixture(config)
+
     if None not in (data.block_length, architecture.block_size) and (
         data.block_length != architecture.block_size
     ):
@@ -88,6 +90,31 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"mask_token_id={mask} is outside the vocabulary of {vocab}; "
             f"raise vocab_size in config.json to at least {mask + 1}"
         )
+
+
+def _mixture(config: SdarConfig) -> Iterator[str]:
+    data = config.data
+    number = len(data.dataset or data.data_path)
+    if data.mix_strategy != "concat" and number < 2:
+        yield f"mix_strategy={data.mix_strategy} needs several datasets, {number} is given"
+    if data.interleave_probs is not None and not data.mix_strategy.startswith("interleave"):
+        yield (
+            f"interleave_probs is given with mix_strategy={data.mix_strategy}; set mix_strategy "
+            "to interleave_under or interleave_over"
+        )
+    if (data.blend_weights is None) == (data.mix_strategy == "blend"):
+        yield (
+            "mix_strategy: blend and blend_weights go together, "
+            f"found mix_strategy={data.mix_strategy} and blend_weights={data.blend_weights}"
+        )
+    if data.mix_strategy == "blend" and config.training.max_steps <= 0:
+        yield "mix_strategy=blend repeats each dataset as often as needed; set max_steps"
+    if data.val_size > 1 and data.val_size % 1:
+        yield f"val_size={data.val_size} must be a whole number of documents, or a fraction below 1"
+    if data.packing_algorithm == "llamafactory" and data.truncate_mode == "split":
+        yield "packing_algorithm=llamafactory knows truncate_mode cut and drop only, not split"
+    if data.packing_algorithm == "llamafactory" and config.training.stage == "pt":
+        yield "packing_algorithm=llamafactory is for stage sft; the published pt stage cannot run"
 
 
 def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator[str]:

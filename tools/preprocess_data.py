@@ -1,25 +1,34 @@
-"""Turn conversations into token files: PREFIX.bin/.idx, PREFIX.labels.bin/.idx, PREFIX.json.
+"""Turn documents into token files: PREFIX.bin/.idx, PREFIX.labels.*, PREFIX.turns.*, PREFIX.json.
 
-Records are written in the chat template and tokenised; labels say what is trained on. Rows are
-made later, so one set of token files serves every block_length and cutoff_len.
+Records are written in the chat template and tokenised on all cores; labels say what is trained
+on. Rows are made later, so one set of token files serves every block_length and cutoff_len. A
+build that was interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sdar.data.builder import build_dataset
+from megatron_sdar.data.builder import BuildOptions, build_dataset, merge_shards
+from megatron_sdar.data.chat_template import load_chat_template
 from megatron_sdar.data.packing import TRUNCATE_MODES
-from megatron_sdar.data.sources import ON_ERROR_MODES, dataset_from_file, read_dataset_info
-from megatron_sdar.data.summary import format_fill
-from megatron_sdar.data.template import TEMPLATES, TemplateOptions
+from megatron_sdar.data.sources import (
+    ON_ERROR_MODES,
+    STAGES,
+    DatasetSpec,
+    dataset_from_file,
+    read_dataset_info,
+)
+from megatron_sdar.data.summary import BuildSummary, format_fill
+from megatron_sdar.data.template import LLAMAFACTORY_VERSIONS, TEMPLATES, TemplateOptions
 from megatron_sdar.data.tokenizer import load_tokenizer
 from megatron_sdar.data.tokens import TokenizedDataset
 
 _EXAMPLE = """\
 examples:
   # One file; its layout (messages, conversations, instruction/output, question/answer or
-  # prompt/response) is recognised.
+  # prompt/response) is recognised. Formats: .jsonl .json .csv .parquet .arrow .txt, and .gz or
+  # .zst of the text formats.
   python tools/preprocess_data.py --input train.jsonl --tokenizer Qwen3-1.7B-Base \\
       --output-prefix tokens/train
 
@@ -27,6 +36,11 @@ examples:
   python tools/preprocess_data.py --dataset gsm8k,open_r1_math --dataset-dir data \\
       --tokenizer Qwen3-1.7B-Base --output-prefix tokens/math \\
       --block-length 4 --cutoff-len 2048 4096
+
+  # Plain text for continued pretraining, on two machines that share a disk, then put together.
+  python tools/preprocess_data.py --stage pt --input corpus/*.jsonl.zst --shard 0/2 \\
+      --tokenizer Qwen3-1.7B-Base --output-prefix tokens/corpus        # the other: --shard 1/2
+  python tools/preprocess_data.py --merge 2 --output-prefix tokens/corpus
 
 then train on it with  data_path: tokens/math  in the YAML.
 """
@@ -38,39 +52,63 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="FILE", help=".jsonl or .json files")
+    source.add_argument("--input", nargs="+", metavar="FILE", help="data files or folders of them")
     source.add_argument("--dataset", metavar="NAMES", help="names in dataset_info.json, a,b,c")
+    source.add_argument(
+        "--merge", type=int, metavar="N", help="put the N shards of OUTPUT_PREFIX together"
+    )
+    parser.add_argument("--output-prefix", required=True, help="path and name of the token files")
+    parser.add_argument("--tokenizer", help="model directory, or a tokenizer.json file")
     parser.add_argument(
         "--dataset-dir", default="data", help="folder of dataset_info.json (default %(default)s)"
     )
-    parser.add_argument(
-        "--tokenizer", required=True, help="model directory, or a tokenizer.json file"
+    parser.add_argument("--overwrite", action="store_true", help="replace existing token files")
+    written = parser.add_argument_group("how documents are written")
+    written.add_argument(
+        "--stage",
+        default="sft",
+        choices=STAGES,
+        help="sft: conversations, answers are trained; pt: plain text, all of it is",
     )
-    parser.add_argument("--output-prefix", required=True, help="path and name of the token files")
-    parser.add_argument("--template", default="qwen3", choices=TEMPLATES)
-    parser.add_argument(
+    written.add_argument(
+        "--template",
+        default="qwen3",
+        choices=TEMPLATES,
+        help="chat_template is the tokenizer's own (default %(default)s)",
+    )
+    written.add_argument(
         "--enable-thinking",
         default="true",
         choices=_THINKING,
         help="answers without a thought: true trains on an empty one, none puts it before the "
         "answer, false also removes the thoughts there are (default %(default)s)",
     )
-    parser.add_argument(
+    written.add_argument(
         "--mask-history", action="store_true", help="train on the last answer of a chat only"
     )
-    parser.add_argument("--train-on-prompt", action="store_true", help="train on prompts too")
-    parser.add_argument("--default-system", help="system prompt of records that have none")
-    parser.add_argument(
-        "--max-samples", type=int, help="first records of each dataset (default all)"
+    written.add_argument("--train-on-prompt", action="store_true", help="train on prompts too")
+    written.add_argument("--default-system", help="system prompt of records that have none")
+    written.add_argument(
+        "--llamafactory-version",
+        default="0.9.4",
+        choices=LLAMAFACTORY_VERSIONS,
+        help="whose template behaviour: 0.9.4 is the SDAR fork's (default %(default)s)",
     )
-    parser.add_argument(
+    chosen = parser.add_argument_group("which records, and how the work is done")
+    chosen.add_argument(
+        "--max-samples", type=int, metavar="N", help="first N records of each dataset"
+    )
+    chosen.add_argument("--seed", type=int, default=42, help="of num_samples in dataset_info.json")
+    chosen.add_argument(
         "--on-error",
         default="raise",
         choices=ON_ERROR_MODES,
         help="bad records: stop with file and line, or leave out and count (default %(default)s)",
     )
-    parser.add_argument("--num-workers", type=int, default=1, help="chunks tokenised at a time")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing token files")
+    chosen.add_argument("--num-workers", type=int, metavar="N", help="default: one per core")
+    chosen.add_argument(
+        "--shard", metavar="I/N", help="build the I-th of N shares only (I from 0), for --merge"
+    )
     report = parser.add_argument_group("row report (the token files do not depend on it)")
     report.add_argument("--block-length", type=int, default=4, help="default %(default)s")
     report.add_argument("--cutoff-len", type=int, nargs="+", default=[], metavar="L")
@@ -82,35 +120,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        options = TemplateOptions(
-            template=args.template,
-            enable_thinking=_THINKING[args.enable_thinking],
-            mask_history=args.mask_history,
-            train_on_prompt=args.train_on_prompt,
-            default_system=args.default_system,
-        )
-        if args.input:
-            specs = [dataset_from_file(file) for file in args.input]
-        else:
-            specs = read_dataset_info(args.dataset_dir, args.dataset.split(","))
-        summary = build_dataset(
-            specs,
-            args.output_prefix,
-            load_tokenizer(args.tokenizer),
-            options,
-            num_workers=args.num_workers,
-            max_samples=args.max_samples,
-            on_error=args.on_error,
-            overwrite=args.overwrite,
-        )
+        summary = _run(args)
         print(summary.format())
         if args.cutoff_len:
-            lengths = TokenizedDataset(args.output_prefix).lengths
+            lengths = TokenizedDataset(summary.prefix).lengths
             print(format_fill(lengths, args.cutoff_len, args.block_length, args.truncate_mode))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(args: argparse.Namespace) -> BuildSummary:
+    if args.merge is not None:
+        return merge_shards(args.output_prefix, args.merge, overwrite=args.overwrite)
+    if args.tokenizer is None:
+        raise ValueError("--tokenizer is needed: a model directory, or a tokenizer.json file")
+    own = args.template == "chat_template"
+    template = TemplateOptions(
+        template=args.template,
+        enable_thinking=_THINKING[args.enable_thinking],
+        mask_history=args.mask_history,
+        train_on_prompt=args.train_on_prompt,
+        default_system=args.default_system,
+        llamafactory_version=args.llamafactory_version,
+        chat_template=load_chat_template(args.tokenizer) if own else None,
+    )
+    options = BuildOptions(
+        num_workers=args.num_workers,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        on_error=args.on_error,
+        overwrite=args.overwrite,
+        shard=_parse_shard(args.shard),
+    )
+    tokenizer = load_tokenizer(args.tokenizer)
+    return build_dataset(_specs(args), args.output_prefix, tokenizer, template, options)
+
+
+def _specs(args: argparse.Namespace) -> list[DatasetSpec]:
+    if args.input:
+        return [dataset_from_file(file, args.stage) for file in args.input]
+    return read_dataset_info(args.dataset_dir, args.dataset.split(","), args.stage)
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _, number = text.partition("/")
+    if not (index.isdecimal() and number.isdecimal()):
+        raise ValueError(f"--shard {text}: give I/N, such as 0/8 for the first of eight")
+    return int(index), int(number)
 
 
 if __name__ == "__main__":

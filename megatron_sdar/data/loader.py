@@ -1,125 +1,86 @@
-"""Rows in training order, dealt out to data-parallel ranks; a pure function of a position.
+"""Rows in training order, dealt out to data-parallel ranks.
 
-The stream of rows is the concatenation of one permutation per epoch, each keyed by (seed,
-epoch), so asking for more epochs changes nothing earlier. A step takes the next
-`rows_per_step` rows whatever the layout; the only state is how many rows were taken. Noise is
-drawn here, by counter, from (seed, epoch, document).
+A step takes the next `rows_per_step` rows of the stream whatever the layout, so the only state
+is how many rows were taken (and which stream it was). Steps are built ahead by a thread or by
+worker processes, which changes nothing but the time that `next_step` takes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sdar.data.packing import PackedIndex, pad_to_block
-from megatron_sdar.data.tokens import TokenizedDataset
-from megatron_sdar.diffusion.noise import NoiseKey, draw_noise, epoch_order
-from megatron_sdar.diffusion.rows import (
-    IGNORED_LABEL,
-    Row,
-    build_row,
-    concatenate_rows,
-    full_copies,
-)
+from megatron_sdar.data.blend import BlendSchedule
+from megatron_sdar.data.documents import DocumentStore
+from megatron_sdar.data.packing import PackedIndex
+from megatron_sdar.data.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.row_workers import ProcessesAhead, StepsAhead, ThreadAhead
+from megatron_sdar.diffusion.rows import Row, concatenate_rows
 
-
-class DocumentStore:
-    """Several tokenised datasets as one list of documents, numbered through."""
-
-    def __init__(self, datasets: Sequence[TokenizedDataset]) -> None:
-        self.datasets = list(datasets)
-        self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets])
-        first = datasets[0]
-        for other in datasets[1:]:
-            for field in ("mask_token_id", "pad_token_id", "vocab_size"):
-                ours, theirs = getattr(first.metadata, field), getattr(other.metadata, field)
-                if ours != theirs:
-                    raise ValueError(
-                        f"{other.prefix}: {field} is {theirs}, but {first.prefix} has {ours}; "
-                        "datasets of one run must be made with one tokenizer"
-                    )
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens per document, int32 [N]."""
-        return np.concatenate([dataset.lengths for dataset in self.datasets])
-
-    def get(self, document_id: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """ids and labels of a document."""
-        index = int(np.searchsorted(self.starts, document_id, side="right")) - 1
-        return self.datasets[index].get(document_id - int(self.starts[index]))
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How documents become rows.
-
-    Attributes:
-        cutoff_len: document tokens of a row; the row has twice as many positions.
-        mask_token_id, pad_token_id: special tokens.
-        noise_eps: smallest masking probability.
-        seed: of noise and order.
-        shuffle: False keeps rows in pack order in every epoch.
-    """
-
-    cutoff_len: int
-    block_length: int
-    mask_token_id: int
-    pad_token_id: int
-    noise_eps: float
-    seed: int
-    shuffle: bool = True
+__all__ = ["BlendSchedule", "DocumentStore", "RowLoader", "RowOptions", "RowPart", "RowStream"]
 
 
 class RowLoader:
     """Micro-batches of one data-parallel rank.
 
     Args:
-        store: the documents.
-        index: which documents share a row.
+        store: the documents; for a blend one store per dataset, selections of the same one.
+        index: which documents share a row; for a blend one per dataset.
         options: how rows are made.
         rows_per_micro_batch: per_device_train_batch_size.
         num_micro_batches: gradient_accumulation_steps.
         dp_rank, dp_size: whose rows; micro-batch m of rank r takes the (m * dp_size + r)-th
             group of rows of the step.
-        prefetch: build the next step's rows in a thread while the current one computes.
+        schedule: weights of a blend.
+        num_workers: processes that build steps ahead (dataloader_num_workers).
+        prefetch: with 0 workers, build the next step in a thread while the current one computes.
+
+    Attributes:
+        position: rows of the stream taken so far.
+        wait_seconds: time spent in `next_step`.
+
+    Raises:
+        ValueError: the schedule is not for this number of datasets.
     """
 
     def __init__(
         self,
-        store: DocumentStore,
-        index: PackedIndex,
+        store: DocumentStore | Sequence[DocumentStore],
+        index: PackedIndex | Sequence[PackedIndex],
         options: RowOptions,
         *,
         rows_per_micro_batch: int,
         num_micro_batches: int,
         dp_rank: int,
         dp_size: int,
+        schedule: BlendSchedule | None = None,
+        num_workers: int = 0,
         prefetch: bool = False,
     ) -> None:
-        self.store = store
-        self.index = index
-        self.options = options
+        stores = [store] if isinstance(store, DocumentStore) else store
+        indexes = [index] if isinstance(index, PackedIndex) else index
+        parts = [RowPart(*part) for part in zip(stores, indexes, strict=True)]
+        self.stream = RowStream(parts, options, schedule)
         self.rows_per_micro_batch = rows_per_micro_batch
         self.num_micro_batches = num_micro_batches
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.position = 0
-        self._order = lru_cache(maxsize=2)(self._make_order)
-        self._pool = ThreadPoolExecutor(max_workers=1) if prefetch else None
-        self._ahead: tuple[int, Future[list[Row]]] | None = None
+        self.wait_seconds = 0.0
+        self._ahead: StepsAhead | None = None
+        if num_workers:
+            self._ahead = ProcessesAhead(self.step_at, self.rows_per_step, num_workers)
+        elif prefetch:
+            self._ahead = ThreadAhead(self.step_at, self.rows_per_step)
 
     @property
     def num_rows(self) -> int:
         """Rows of one epoch."""
-        return len(self.index)
+        return self.stream.num_rows
 
     @property
     def rows_per_step(self) -> int:
@@ -128,25 +89,12 @@ class RowLoader:
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Passes over the data so far; of a blend, rows taken over rows of all its datasets."""
         return self.position / self.num_rows
-
-    def stream_identity(self) -> dict[str, object]:
-        """What a position of the stream means: everything its rows depend on."""
-        digest = hashlib.sha256()
-        digest.update(self.index.row_offsets.tobytes())
-        digest.update(self.index.doc_ids.tobytes())
-        datasets = [dataset.metadata.fingerprint[:16] for dataset in self.store.datasets]
-        return {
-            **asdict(self.options),
-            "num_rows": self.num_rows,
-            "packing": digest.hexdigest()[:16],
-            "datasets": datasets,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: JSON, a few hundred bytes."""
-        return {"rows_taken": self.position, "stream": self.stream_identity()}
+        return {"rows_taken": self.position, "stream": self.stream.identity(self.position)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's position.
@@ -155,7 +103,8 @@ class RowLoader:
             ValueError: the checkpoint's stream of rows is not this one, so its position would
                 repeat some documents and skip others.
         """
-        ours, theirs = self.stream_identity(), state["stream"]
+        position = int(state["rows_taken"])
+        ours, theirs = self.stream.identity(position), state["stream"]
         changed = [
             f"{key} was {theirs.get(key)!r}, now {value!r}"
             for key, value in ours.items()
@@ -167,19 +116,15 @@ class RowLoader:
                 "resume with the same data and keys, or start a new run (another output_dir, "
                 "model_name_or_path: the exported model)"
             )
-        self.position = int(state["rows_taken"])
-        self._ahead = None
+        self.position = position
 
     def next_step(self) -> list[Row]:
         """This rank's micro-batches of the next step; advances the position."""
-        position = self.position
-        if self._ahead is not None and self._ahead[0] == position:
-            batches = self._ahead[1].result()
-        else:
-            batches = self.step_at(position)
-        self.position = position + self.rows_per_step
-        if self._pool is not None:
-            self._ahead = (self.position, self._pool.submit(self.step_at, self.position))
+        started = time.perf_counter()
+        build = self.step_at if self._ahead is None else self._ahead.take
+        batches = build(self.position)
+        self.position += self.rows_per_step
+        self.wait_seconds += time.perf_counter() - started
         return batches
 
     def step_at(self, position: int) -> list[Row]:
@@ -188,46 +133,14 @@ class RowLoader:
         batches = []
         for micro_batch in range(self.num_micro_batches):
             first = position + (micro_batch * self.dp_size + self.dp_rank) * size
-            batches.append(concatenate_rows([self.row_at(first + i) for i in range(size)]))
+            batches.append(concatenate_rows([self.stream.row_at(first + i) for i in range(size)]))
         return batches
 
-    def row_at(self, position: int) -> Row:
-        """The row at a position of the endless stream."""
-        epoch, place = divmod(position, self.num_rows)
-        row = int(self._order(epoch)[place]) if self.options.shuffle else place
-        return self.make_row(self.index.row(row), epoch)
-
     def make_row(self, document_ids: NDArray[np.int64], epoch: int) -> Row:
-        """Pad, noise and lay out documents as one row."""
-        options = self.options
-        documents = []
-        for document_id in document_ids.tolist():
-            ids, labels = self.store.get(document_id)
-            ids, labels = pad_to_block(
-                ids[: options.cutoff_len],
-                labels[: options.cutoff_len],
-                options.block_length,
-                options.pad_token_id,
-            )
-            noise = draw_noise(
-                NoiseKey(options.seed, epoch),
-                document_id,
-                labels != IGNORED_LABEL,
-                options.noise_eps,
-            )
-            documents.append(full_copies(ids, labels, options.block_length, noise))
-        return build_row(
-            documents,
-            2 * options.cutoff_len,
-            options.block_length,
-            options.mask_token_id,
-            options.pad_token_id,
-        )
-
-    def _make_order(self, epoch: int) -> NDArray[np.int64]:
-        return epoch_order(self.num_rows, self.options.seed, epoch)
+        """One row of whole documents, see `RowStream.make_row`."""
+        return self.stream.make_row(document_ids, epoch)
 
     def close(self) -> None:
-        """Stop the prefetching thread."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop the thread or the processes that build ahead."""
+        if self._ahead is not None:
+            self._ahead.close()

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+COUNTS = ("num_documents", "num_tokens", "num_label_tokens", "num_mask_documents")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -20,14 +22,18 @@ _CHUNK_BYTES = 1 << 22
 class Recipe:
     """Everything that decides the tokens of a dataset, as plain JSON values.
 
-    `sources` holds one object per dataset: name, layout and files (name, size, sha256). A
-    file's folder is left out on purpose: moving the data does not change the tokens.
+    `sources` holds one object per dataset: name, layout, num_samples and files (name, size,
+    sha256). A file's folder is left out on purpose: moving the data does not change the tokens.
+    `seed` is that of random samples, None where none is drawn. `shard` is [i, n] for the i-th of
+    n shares of the data, None for all of it.
     """
 
     tokenizer_fingerprint: str
     template: dict[str, Any]
     sources: list[dict[str, Any]]
     max_samples: int | None
+    seed: int | None = None
+    shard: list[int] | None = None
 
     def fingerprint(self) -> str:
         """sha256 of the recipe: equal fingerprints give equal token files."""
@@ -43,8 +49,10 @@ class Recipe:
             was, now = self.template.get(key), other.template.get(key)
             if was != now:
                 found.append(f"{key} (was {was!r}, now {now!r})")
-        if self.max_samples != other.max_samples:
-            found.append(f"max_samples (was {self.max_samples}, now {other.max_samples})")
+        for key in ("max_samples", "seed", "shard"):
+            was, now = getattr(self, key), getattr(other, key)
+            if was != now:
+                found.append(f"{key} (was {was}, now {now})")
         if len(self.sources) != len(other.sources):
             found.append(f"the datasets (were {len(self.sources)}, now {len(other.sources)})")
         else:
@@ -62,7 +70,7 @@ class TokenizedMetadata:
     """The contents of PREFIX.json; `recipe` and its fingerprint say what the tokens came from.
 
     num_mask_documents counts documents whose own text holds the mask token; `skipped` counts
-    left-out records by reason.
+    left-out records by reason, `skipped_locations` has the first places of each.
     """
 
     num_documents: int
@@ -75,6 +83,7 @@ class TokenizedMetadata:
     vocab_size: int
     recipe: Recipe
     skipped: dict[str, int] = field(default_factory=dict)
+    skipped_locations: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -124,9 +133,11 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
         "template": dict,
         "sources": list,
         "max_samples": int | None,
+        "seed": int | None,
+        "shard": list | None,
     }
     count_types = {f.name: int for f in fields(TokenizedMetadata) if f.type is int}
-    expected = {**recipe_types, **count_types, "skipped": dict}
+    expected = {**recipe_types, **count_types, "skipped": dict, "skipped_locations": dict}
     for name, kind in expected.items():
         value = content.get(name)
         if name not in content or not isinstance(value, kind) or isinstance(value, bool):
@@ -136,6 +147,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
     metadata = TokenizedMetadata(
         recipe=Recipe(**{name: content[name] for name in recipe_types}),
         skipped=content["skipped"],
+        skipped_locations=content["skipped_locations"],
         **{name: content[name] for name in count_types},
     )
     if content.get("fingerprint") != metadata.fingerprint:
@@ -143,11 +155,13 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
     return metadata
 
 
-def hash_file(path: Path) -> tuple[int, str]:
-    """(size in bytes, sha256) of PATH."""
+def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """(size in bytes, sha256) of PATH; ON_BYTES hears of every number of bytes read."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
     return size, digest.hexdigest()

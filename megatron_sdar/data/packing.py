@@ -1,32 +1,45 @@
-"""Documents to rows: which documents share a row.
+"""Documents to rows: which documents share a row, and what of a long document is kept.
 
-Owns block alignment and best-fit decreasing packing. A document takes whole blocks, so every
-document begins on a block edge whatever shares its row. The result depends only on lengths and
-options; what does not fit is counted, never lost in silence.
+Owns block alignment, truncation by length and the pack index. A document takes whole blocks, so
+every document begins on a block edge whatever shares its row. The result depends only on lengths
+and options; what does not fit is counted, never lost in silence.
 """
 
-from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-TRUNCATE_MODES = ("drop", "cut")
+from megatron_sdar.data.exact_fill import fill_bins, num_bins
+from megatron_sdar.data.llamafactory import pack_like_llamafactory
+
+TRUNCATE_MODES = ("drop", "cut", "split")
+PACKING_ALGORITHMS = ("exact_fill", "llamafactory")
+
+CutLengths = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """Row r holds documents doc_ids[row_offsets[r] : row_offsets[r + 1]], ascending.
+    """Row r holds the items row_offsets[r] : row_offsets[r + 1] of doc_ids, ascending.
 
-    row_offsets: int64 [R+1]; doc_ids: int64 [N]. Rows are ordered by their first document.
-    num_dropped and num_cut count documents; num_tokens counts kept tokens without padding,
-    num_lost_tokens those dropped or cut. fill = occupied positions / (R * capacity).
+    row_offsets: int64 [R+1]. doc_ids: int32 or int64 [N]. pieces: int32 [N], which part of its
+    document an item is (None: every item is a whole document, or what is kept of one). Rows are
+    ordered by their first item.
+    limit: tokens kept of a longer document (cut), or tokens of a piece (split).
+    num_dropped, num_cut and num_split count documents; num_tokens counts kept tokens without
+    padding, num_lost_tokens those dropped or cut. fill = occupied positions / (R * capacity).
     """
 
     row_offsets: NDArray[np.int64]
-    doc_ids: NDArray[np.int64]
+    doc_ids: NDArray[np.integer]
+    pieces: NDArray[np.int32] | None
+    limit: int
+    truncate_mode: str
     num_dropped: int
     num_cut: int
+    num_split: int
     num_tokens: int
     num_lost_tokens: int
     fill: float
@@ -36,7 +49,17 @@ class PackedIndex:
 
     def row(self, index: int) -> NDArray[np.int64]:
         """Document ids of row INDEX, ascending."""
-        return self.doc_ids[self.row_offsets[index] : self.row_offsets[index + 1]]
+        return self.doc_ids[self._items(index)].astype(np.int64)
+
+    def row_pieces(self, index: int) -> NDArray[np.int32]:
+        """The piece of each document of row INDEX; 0 unless documents were split."""
+        items = self._items(index)
+        if self.pieces is None:
+            return np.zeros(items.stop - items.start, dtype=np.int32)
+        return self.pieces[items]
+
+    def _items(self, index: int) -> slice:
+        return slice(int(self.row_offsets[index]), int(self.row_offsets[index + 1]))
 
 
 def pack_documents(
@@ -46,58 +69,74 @@ def pack_documents(
     *,
     truncate_mode: str,
     packing: bool = True,
+    algorithm: str = "exact_fill",
+    cut_lengths: CutLengths | None = None,
+    num_workers: int = 1,
 ) -> PackedIndex:
-    """Rows of CAPACITY positions for documents of LENGTHS tokens, by best-fit decreasing.
+    """Rows of CAPACITY positions for documents of LENGTHS tokens.
 
-    A document longer than CAPACITY is left out ("drop") or keeps its first CAPACITY tokens
-    ("cut"). With packing False every document has its own row. Raises ValueError for sizes
-    that do not fit together and when no document is left.
+    A document longer than CAPACITY is left out ("drop"), shortened ("cut": to what
+    CUT_LENGTHS(document ids, limit) says, by default to the limit) or divided into pieces of
+    CAPACITY tokens ("split"). With packing False every item has its own row.
+
+    ALGORITHM "llamafactory" gives the published rows, for parity: one position of a packed row
+    stays free, documents are shortened before they are padded and then dropped when the padding
+    does not fit, and NUM_WORKERS contiguous shares are packed apart, 1000 documents at a time.
+
+    Raises ValueError for sizes that do not fit together and when no document is left.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if truncate_mode not in TRUNCATE_MODES:
-        raise ValueError(f"truncate_mode must be 'cut' or 'drop', got {truncate_mode!r}")
-    if block_length < 1:
-        raise ValueError(f"block_length must be at least 1, got {block_length}")
-    if capacity < 1 or capacity % block_length:
-        below = capacity // block_length * block_length
-        near = [str(n) for n in (below, below + block_length) if n > 0]
+    sizes = np.asarray(lengths)
+    _check(sizes, capacity, block_length, truncate_mode, algorithm)
+    published = algorithm == "llamafactory"
+    if published and truncate_mode == "split":
         raise ValueError(
-            f"cutoff_len {capacity} is not a multiple of block_length {block_length}; "
-            f"use {' or '.join(near[:2])}"
+            "packing_algorithm llamafactory knows truncate_mode cut and drop only, not split"
         )
-    if sizes.size and sizes.min() < 1:
-        index = int(sizes.argmin())
-        raise ValueError(f"document {index} has length {sizes[index]}; lengths must be positive")
-    too_long = sizes > capacity
+    limit = capacity - 1 if published and packing else capacity
+    long = np.flatnonzero(sizes > limit)
+    kept = sizes.astype(np.int64)
+    items = pieces = None
     if truncate_mode == "drop":
-        kept_ids = np.flatnonzero(~too_long)
-        num_dropped, num_cut = int(too_long.sum()), 0
+        kept[long] = 0
+    elif truncate_mode == "cut":
+        kept[long] = limit if cut_lengths is None else cut_lengths(long, limit)
     else:
-        kept_ids = np.arange(len(sizes))
-        num_dropped, num_cut = 0, int(too_long.sum())
-    if not kept_ids.size:
+        items, pieces, kept = _split(kept, long, limit)
+    padded = -(-kept // block_length) * block_length
+    # Only the published limit can be no multiple of the block: the padding then overshoots it.
+    overlong = padded > limit
+    kept[overlong] = padded[overlong] = 0
+    dropped = kept == 0
+    num_dropped = int(dropped.sum())
+    if num_dropped == len(kept):
         longest = f", the longest has {sizes.max()} tokens" if sizes.size else ""
         raise ValueError(
             f"no document is left to pack: {len(sizes)} documents, {num_dropped} longer than "
-            f"cutoff_len {capacity}{longest}; raise cutoff_len or set truncate_mode to cut"
+            f"cutoff_len {capacity}{longest}; raise cutoff_len or set truncate_mode to cut or "
+            "split"
         )
-    kept = np.minimum(sizes[kept_ids], capacity)
-    blocks = -(-kept // block_length)
-    num_kept_tokens = int(kept.sum())
-    if packing:
-        order, row_offsets = _best_fit(blocks, capacity // block_length)
+    if not packing:
+        order = np.flatnonzero(~dropped)
+        row_offsets = np.arange(len(order) + 1)
+    elif published:
+        row_offsets, order = pack_like_llamafactory(padded, capacity, num_workers=num_workers)
     else:
-        order = np.arange(len(blocks))
-        row_offsets = np.arange(len(blocks) + 1)
-    num_rows = len(row_offsets) - 1
+        row_offsets, order = _pack(padded // block_length, capacity // block_length)
+    num_cut = len(long) - int(dropped[long].sum()) if truncate_mode == "cut" else 0
+    num_tokens = int(kept.sum())
+    ids = order if items is None else items[order]
     return PackedIndex(
         row_offsets=row_offsets,
-        doc_ids=kept_ids[order],
+        doc_ids=ids.astype(np.int32 if len(sizes) <= np.iinfo(np.int32).max else np.int64),
+        pieces=None if pieces is None else pieces[order],
+        limit=limit,
+        truncate_mode=truncate_mode,
         num_dropped=num_dropped,
         num_cut=num_cut,
-        num_tokens=num_kept_tokens,
-        num_lost_tokens=int(sizes.sum()) - num_kept_tokens,
-        fill=float(blocks.sum() * block_length / (num_rows * capacity)),
+        num_split=len(long) if truncate_mode == "split" else 0,
+        num_tokens=num_tokens,
+        num_lost_tokens=int(sizes.sum(dtype=np.int64)) - num_tokens,
+        fill=float(padded.sum() / ((len(row_offsets) - 1) * capacity)),
     )
 
 
@@ -116,55 +155,72 @@ def pad_to_block(
     return np.concatenate([ids, pads]), np.concatenate([labels, pads])
 
 
-def _best_fit(
-    sizes: NDArray[np.int64], capacity: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(item order, row offsets) of best-fit decreasing for SIZES in 1..CAPACITY.
+def _check(
+    sizes: NDArray[np.integer],
+    capacity: int,
+    block_length: int,
+    truncate_mode: str,
+    algorithm: str,
+) -> None:
+    if truncate_mode not in TRUNCATE_MODES:
+        raise ValueError(f"truncate_mode must be 'cut', 'drop' or 'split', got {truncate_mode!r}")
+    if algorithm not in PACKING_ALGORITHMS:
+        raise ValueError(
+            f"packing_algorithm must be one of {', '.join(PACKING_ALGORITHMS)}, got {algorithm!r}"
+        )
+    if block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {block_length}")
+    if capacity < 1 or capacity % block_length:
+        below = capacity // block_length * block_length
+        near = [str(n) for n in (below, below + block_length) if n > 0]
+        raise ValueError(
+            f"cutoff_len {capacity} is not a multiple of block_length {block_length}; "
+            f"use {' or '.join(near[:2])}"
+        )
+    if sizes.size and sizes.min() < 1:
+        index = int(sizes.argmin())
+        raise ValueError(f"document {index} has length {sizes[index]}; lengths must be positive")
 
-    Rows with equal free space are interchangeable, so they are kept together and equal items
-    are placed a whole group of rows at a time: the work is O(N + capacity) list operations
-    plus a bisection per group.
-    """
+
+def _split(
+    sizes: NDArray[np.int64], long: NDArray[np.int64], limit: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32] | None, NDArray[np.int64]]:
+    """(document, piece, length) of every item; pieces None when nothing is long."""
+    if not long.size:
+        return np.arange(len(sizes)), None, sizes
+    number = np.ones(len(sizes), dtype=np.int64)
+    number[long] = -(-sizes[long] // limit)
+    items = np.repeat(np.arange(len(sizes)), number)
+    firsts = np.cumsum(number) - number
+    pieces = np.arange(len(items)) - firsts[items]
+    return items, pieces.astype(np.int32), np.minimum(sizes[items] - pieces * limit, limit)
+
+
+def _pack(sizes: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row offsets, item order) of items of SIZES blocks; items of size 0 are left out."""
     counts = np.bincount(sizes, minlength=capacity + 1)
-    rows_with_free: dict[int, list[int]] = {}
-    free_sizes: list[int] = []
-    placed_rows: list[int] = []
-    placed_counts: list[int] = []
-    num_rows = 0
-    for size in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[size])
-        while left:
-            place = bisect_left(free_sizes, size)
-            if place == len(free_sizes):
-                # No row fits: open as many as this size fills, which then look like any group.
-                needed = -(-left // (capacity // size))
-                free_sizes.append(capacity)
-                rows_with_free[capacity] = list(range(num_rows, num_rows + needed))
-                num_rows += needed
-            free = free_sizes[place]
-            rows = rows_with_free[free]
-            each = min(free // size, left)
-            taken = [rows.pop() for _ in range(min(len(rows), left // each))]
-            if not rows:
-                del rows_with_free[free], free_sizes[place]
-            placed_rows += taken
-            placed_counts += [each] * len(taken)
-            left -= each * len(taken)
-            rest = free - each * size
-            if rest in rows_with_free:
-                rows_with_free[rest] += taken
-            elif rest:
-                insort(free_sizes, rest)
-                rows_with_free[rest] = taken
-    by_size = np.argsort(-sizes, kind="stable")
-    row_of = np.empty(len(sizes), dtype=np.int64)
-    row_of[by_size] = np.repeat(placed_rows, placed_counts)
+    num_zero, counts[0] = int(counts[0]), 0
+    patterns = fill_bins(counts, capacity)
+    num_rows = num_bins(patterns)
+    rows_of_size: dict[int, list[NDArray[np.int32]]] = {}
+    first_row = 0
+    for pattern in patterns:
+        rows = np.arange(first_row, first_row + pattern.times, dtype=np.int32)
+        first_row += pattern.times
+        for size, each in pattern.items.items():
+            rows_of_size.setdefault(size, []).append(np.repeat(rows, each))
+    # Sizes are small numbers: as uint16 the stable sort is a radix sort.
+    keys = sizes.astype(np.uint16) if capacity < 2**16 else sizes
+    by_size = np.argsort(keys, kind="stable")[num_zero:]
+    row_of = np.concatenate([part for size in sorted(rows_of_size) for part in rows_of_size[size]])
     first_item = np.full(num_rows, len(sizes), dtype=np.int64)
-    np.minimum.at(first_item, row_of, np.arange(len(sizes)))
+    np.minimum.at(first_item, row_of, by_size)
     rank = np.empty(num_rows, dtype=np.int64)
     rank[np.argsort(first_item)] = np.arange(num_rows)
-    row_of = rank[row_of]
-    order = np.argsort(row_of, kind="stable")
+    # One key sorts by row and then by item, without a second array of ranks.
+    combined = rank[row_of] * len(sizes) + by_size
+    combined.sort()
+    row_of, order = np.divmod(combined, len(sizes))
     offsets = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of, minlength=num_rows), out=offsets[1:])
-    return order, offsets
+    return offsets, order

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sdar.data.metadata import TokenizedMetadata
 from megatron_sdar.data.packing import pack_documents
 from megatron_sdar.data.tokens import TokenizedDataset
 
 _PERCENTILES = (50, 90, 99)
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class BuildSummary:
 
     num_mask_documents counts documents whose own text holds <|MASK|>. document_lengths maps
     "mean", "p50", ..., "max" to tokens. skipped_locations gives the first places of each reason.
+    tokenizer_note says which tokenizer did the work; num_resumed_parts of num_parts were there
+    from an interrupted build.
     """
 
     prefix: str
@@ -35,6 +37,9 @@ class BuildSummary:
     seconds: float
     num_mask_documents: int = 0
     skipped_locations: dict[str, list[str]] = field(default_factory=dict)
+    tokenizer_note: str = ""
+    num_parts: int = 0
+    num_resumed_parts: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,9 +48,9 @@ class BuildSummary:
 
     def format(self) -> str:
         """A readable table, one fact a line."""
-        share = 100 * self.num_label_tokens / self.num_tokens
+        share = 100 * self.num_label_tokens / max(1, self.num_tokens)
         lines = [
-            f"{'token files':<16}{self.prefix}.bin .idx .labels.bin .labels.idx .json",
+            f"{'token files':<16}{self.prefix}.bin .idx .labels.* .turns.* .json",
             f"{'documents':<16}{self.num_documents:,}",
             f"{'tokens':<16}{self.num_tokens:,}",
             f"{'label tokens':<16}{self.num_label_tokens:,} ({share:.1f}%)",
@@ -56,6 +61,12 @@ class BuildSummary:
             rate = f"{self.num_documents / self.seconds:,.0f} documents/s"
             lines.append(
                 f"{'time':<16}{self.seconds:.1f} s, {rate}, {self.tokens_per_second:,.0f} tokens/s"
+            )
+        if self.tokenizer_note:
+            lines.append(f"{'tokenizer':<16}{self.tokenizer_note}")
+        if self.num_resumed_parts:
+            lines.append(
+                f"{'resumed':<16}{self.num_resumed_parts} of {self.num_parts} parts were there"
             )
         if self.num_mask_documents:
             lines.append(
@@ -74,17 +85,7 @@ class BuildSummary:
 def summarize_dataset(prefix: str | Path) -> BuildSummary:
     """The summary of a tokenized dataset that exists. Raises ValueError when it is damaged."""
     dataset = TokenizedDataset(prefix)
-    return summarize(prefix, dataset.metadata, dataset.lengths)
-
-
-def summarize(
-    prefix: str | Path, metadata: TokenizedMetadata, lengths: NDArray[np.int32]
-) -> BuildSummary:
-    """The summary of a dataset at PREFIX with METADATA and documents of LENGTHS tokens [N]."""
-    shown = {"mean": round(float(lengths.mean()))}
-    for percent in _PERCENTILES:
-        shown[f"p{percent}"] = int(np.percentile(lengths, percent, method="nearest"))
-    shown["max"] = int(lengths.max())
+    metadata = dataset.metadata
     return BuildSummary(
         prefix=str(prefix),
         num_documents=metadata.num_documents,
@@ -92,9 +93,26 @@ def summarize(
         num_label_tokens=metadata.num_label_tokens,
         num_mask_documents=metadata.num_mask_documents,
         skipped=metadata.skipped,
-        document_lengths=shown,
+        skipped_locations=metadata.skipped_locations,
+        document_lengths=_length_figures(dataset.lengths) if len(dataset) else {},
         seconds=0.0,
     )
+
+
+def _length_figures(lengths: NDArray[np.int32]) -> dict[str, int]:
+    """Mean, percentiles and maximum of LENGTHS [N], a piece at a time; exact."""
+    counts = np.zeros(1, dtype=np.int64)
+    for first in range(0, len(lengths), _CHUNK):
+        found = np.bincount(lengths[first : first + _CHUNK])
+        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+        counts[: len(found)] += found
+    number = int(counts.sum())
+    shown = {"mean": round(int(counts @ np.arange(len(counts))) / number)}
+    reached = np.cumsum(counts)
+    for percent in _PERCENTILES:
+        shown[f"p{percent}"] = int(np.searchsorted(reached, percent / 100 * number))
+    shown["max"] = len(counts) - 1
+    return shown
 
 
 def format_fill(

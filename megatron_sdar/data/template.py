@@ -1,30 +1,32 @@
-"""Chat templates: a conversation to token ids and labels.
+"""Documents to token pieces: what is written, what is trained on, what is whose turn.
 
-Owns the strings of `qwen3` and `qwen3_nothink` and what is trained on. Every string piece is
+Owns the strings of `qwen3` and `qwen3_nothink` and the labels of every template. Each piece is
 tokenised on its own, as LLaMA-Factory does: joining pieces first would merge tokens across
 their edges and give other ids. Nothing is truncated or padded here; rows decide that.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from megatron_sdar.data.conversations import Conversation, Turn, require_unicode
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.tokenizer import SdarTokenizer
+from megatron_sdar.data.conversations import Conversation, PlainText, Turn
+from megatron_sdar.data.tokenizer import IM_END, SdarTokenizer
+from megatron_sdar.data.tool_calls import dump_json, parse_calls, parse_tools
 from megatron_sdar.diffusion.rows import IGNORED_LABEL
 
 TEMPLATES = ("qwen3", "qwen3_nothink")
+LLAMAFACTORY_VERSIONS = ("0.9.4", "0.9.6")
 
 _THINK_OPEN = "<think>\n"
 _THINK_CLOSE = "\n</think>\n\n"
+_EMPTY_THOUGHT = _THINK_OPEN + _THINK_CLOSE
 _THOUGHT = re.compile(re.escape(_THINK_OPEN) + "(.*?)" + re.escape(_THINK_CLOSE), re.DOTALL)
-_CALL_THOUGHT = re.compile(r"<think>(.*)</think>", re.DOTALL)
+_CALL_THOUGHT = re.compile(r"<think>.*</think>", re.DOTALL)
+_TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TOOLS_HEAD = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
@@ -44,6 +46,10 @@ class TemplateOptions:
     trains on it; False removes thoughts and puts the empty block before the answer, untrained;
     None keeps answers and puts a missing block before them, untrained.
     mask_history: train on the last answer only. train_on_prompt: train on prompts too.
+    llamafactory_version: whose reading of thoughts counts. "0.9.4" is the published SDAR
+    fine-tuning code. "0.9.6" knows a thought by its tags alone (`<think>cot</think>out`), keeps
+    the newlines between a thought and the call after it, and with mask_history leaves the
+    thoughts of earlier answers out, as at inference.
     """
 
     template: str = "qwen3"
@@ -51,6 +57,7 @@ class TemplateOptions:
     mask_history: bool = False
     train_on_prompt: bool = False
     default_system: str | None = None
+    llamafactory_version: str = "0.9.4"
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
@@ -62,60 +69,108 @@ class TemplateOptions:
                 "mask_history and train_on_prompt are both true: one trains on less than the "
                 "answers, the other on more; set one of them to false"
             )
+        if self.llamafactory_version not in LLAMAFACTORY_VERSIONS:
+            raise ValueError(
+                f"llamafactory_version must be one of {', '.join(LLAMAFACTORY_VERSIONS)} (a "
+                f"string, in quotes), got {self.llamafactory_version!r}"
+            )
 
 
 class Piece(NamedTuple):
-    """A string that is tokenised on its own, and whether its tokens carry labels."""
+    """A string that is tokenised on its own.
+
+    trained: its tokens carry labels. answer: it belongs to the answer of its (prompt, answer)
+    pair; a piece that does not, after one that does, begins the next pair.
+    """
 
     text: str
     trained: bool
+    answer: bool
+
+
+def document_pieces(document: Conversation | PlainText, options: TemplateOptions) -> list[Piece]:
+    """The strings of DOCUMENT in order. Raises RecordError for what the template cannot write.
+
+    A plain text is one trained piece that ends with <|im_end|>, as in LLaMA-Factory's stage pt.
+    """
+    if isinstance(document, PlainText):
+        return [Piece(document.text + IM_END, True, True)]
+    return conversation_pieces(document, options)
 
 
 def conversation_pieces(conversation: Conversation, options: TemplateOptions) -> list[Piece]:
     """The strings of CONVERSATION in order. Raises RecordError for tools or calls not in JSON."""
     pieces: list[Piece] = []
+    train_prompt = options.train_on_prompt
+    thinking = options.enable_thinking
+    is_reasoning = options.template == "qwen3"
+    is_new = options.llamafactory_version == "0.9.6"
+    # How 0.9.6 recognises a thought, and that it leaves those of untrained answers out.
+    opening, closing = ("<think>", "</think>") if is_new else (_THINK_OPEN, _THINK_CLOSE)
+    discards_history = is_new and options.mask_history
     system = conversation.system or options.default_system or ""
     if system or conversation.tools:
         tools = _format_tools(conversation) if conversation.tools else ""
         pieces.append(
-            Piece(f"<|im_start|>system\n{system}{tools}<|im_end|>\n", options.train_on_prompt)
+            Piece(f"<|im_start|>system\n{system}{tools}<|im_end|>\n", train_prompt, False)
         )
+    last = len(conversation.turns) - 1
     for index, turn in enumerate(conversation.turns):
-        is_last = index == len(conversation.turns) - 1
-        train_answer = is_last or not options.mask_history
+        is_history = index != last
+        train_answer = not (is_history and options.mask_history)
         answer, think = turn.response_text, False
-        if options.template == "qwen3":
-            if options.enable_thinking is False:
+        if is_reasoning:
+            is_discarded = is_history and discards_history
+            if thinking is False or is_discarded:
                 answer = _THOUGHT.sub("", answer).lstrip("\n")
-            think = _THINK_OPEN not in answer and _THINK_CLOSE not in answer
+            think = not is_discarded and opening not in answer and closing not in answer
         if turn.response_role == "function":
-            answer = _format_calls(answer, conversation.location)
-        pieces.append(Piece(_format_prompt(turn), options.train_on_prompt))
+            answer = _format_calls(answer, conversation.location, is_new)
+        pieces.append(Piece(_format_prompt(turn), train_prompt, False))
         if think:
-            on_answer = options.enable_thinking is True
-            trained = train_answer if on_answer else options.train_on_prompt
-            pieces.append(Piece(_THINK_OPEN + _THINK_CLOSE, trained))
-        pieces.append(Piece(f"{answer}<|im_end|>\n", train_answer))
+            if thinking:
+                pieces.append(Piece(_EMPTY_THOUGHT, train_answer, True))
+            else:
+                pieces.append(Piece(_EMPTY_THOUGHT, train_prompt, False))
+        pieces.append(Piece(f"{answer}<|im_end|>\n", train_answer, True))
     return pieces
 
 
+def piece_turns(pieces: Sequence[Piece], lengths: Sequence[int]) -> list[int]:
+    """[s1, t1, s2, t2, ...]: tokens of the prompt and of the answer of each pair.
+
+    LENGTHS are the tokens of each piece. The system prompt counts with the first prompt.
+    """
+    turns = [0, 0]
+    was_answer = False
+    for piece, length in zip(pieces, lengths, strict=True):
+        if piece.answer:
+            turns[-1] += length
+        elif was_answer:
+            turns += (length, 0)
+        else:
+            turns[-2] += length
+        was_answer = piece.answer
+    return turns
+
+
 def encode_conversation(
-    tokenizer: SdarTokenizer, conversation: Conversation, options: TemplateOptions
+    tokenizer: SdarTokenizer, conversation: Conversation | PlainText, options: TemplateOptions
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(ids int32 [n], labels int32 [n]) of the whole conversation; label -100 is not trained."""
-    pieces = conversation_pieces(conversation, options)
+    """(ids int32 [n], labels int32 [n]) of the whole document; label -100 is not trained."""
+    pieces = document_pieces(conversation, options)
     piece_ids = tokenizer.encode_batch([piece.text for piece in pieces])
     return join_pieces(piece_ids, [piece.trained for piece in pieces])
 
 
 def join_pieces(
-    piece_ids: Sequence[Sequence[int]], trained: Sequence[bool]
+    piece_ids: Sequence[ArrayLike], trained: Sequence[bool]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(ids, labels) int32 of the pieces end to end; labels are ids where trained, else -100."""
-    lengths = [len(ids) for ids in piece_ids]
-    flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in piece_ids])
-    labels = np.where(np.repeat(np.asarray(trained, dtype=bool), lengths), flat, IGNORED_LABEL)
-    return flat, labels.astype(np.int32)
+    arrays = [np.asarray(ids, dtype=np.int32) for ids in piece_ids]
+    flat = np.concatenate(arrays)
+    is_trained = np.repeat(np.asarray(trained, dtype=bool), [len(ids) for ids in arrays])
+    return flat, np.where(is_trained, flat, np.int32(IGNORED_LABEL))
 
 
 def _format_prompt(turn: Turn) -> str:
@@ -126,15 +181,11 @@ def _format_prompt(turn: Turn) -> str:
 
 
 def _format_tools(conversation: Conversation) -> str:
-    tools = _parse_json(conversation.tools, "tools", conversation.location)
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError(
-            conversation.location, "bad tools", "'tools' must be the JSON text of a list of objects"
-        )
+    tools = parse_tools(conversation.tools, conversation.location)
     if not tools:
         return ""
     lines = [
-        _dump_json(
+        dump_json(
             tool if tool.get("type") == "function" else {"type": "function", "function": tool},
             "tools",
             conversation.location,
@@ -144,33 +195,17 @@ def _format_tools(conversation: Conversation) -> str:
     return _TOOLS_HEAD + "".join(f"\n{line}" for line in lines) + _TOOLS_TAIL
 
 
-def _format_calls(content: str, location: str) -> str:
-    found = _CALL_THOUGHT.search(content)
-    thought = found.group(0) if found else ""
-    if thought:
-        content = content.replace(thought, "")
-    calls = _parse_json(content, "function call", location)
-    texts = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        if not (isinstance(call, dict) and "name" in call and "arguments" in call):
-            raise RecordError(
-                location,
-                "bad function call",
-                f'a call must be {{"name": ..., "arguments": ...}} or a list of them: {content!r}',
-            )
-        named = {"name": call["name"], "arguments": call["arguments"]}
-        text = _dump_json(named, "function call", location)
-        texts.append(f"<tool_call>\n{text}\n</tool_call>")
+def _format_calls(content: str, location: str, is_new: bool) -> str:
+    """CONTENT, a thought or nothing and then calls in JSON, as the model writes it."""
+    tagged = _TAGGED_CALL.search(content) if is_new else None
+    if tagged:
+        thought, calls_text = content.replace(tagged.group(0), ""), tagged.group(1)
+    else:
+        found = (_THOUGHT if is_new else _CALL_THOUGHT).search(content)
+        thought = found.group(0) if found else ""
+        calls_text = content.replace(thought, "") if thought else content
+    texts = [
+        f"<tool_call>\n{dump_json(call, 'function call', location)}\n</tool_call>"
+        for call in parse_calls(calls_text, location)
+    ]
     return thought + "\n".join(texts)
-
-
-def _parse_json(text: str, what: str, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(location, f"bad {what}", f"not valid JSON ({error}): {text!r}") from error
-
-
-def _dump_json(value: object, what: str, location: str) -> str:
-    # An escaped lone surrogate is plain ASCII in the record and shows up only here.
-    return require_unicode(json.dumps(value, ensure_ascii=False), what, location)

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
+
+from megatron_sdar.data.fast_tokenizer import (
+    FastEncoder,
+    build_fast_encoder,
+    check_texts,
+    cross_check,
+)
 
 MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
@@ -44,12 +53,30 @@ class SdarTokenizer:
         # A tokenizer.json may carry the truncation or padding of whoever saved it last.
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
-        self._fingerprint: str | None = None
+        self._loaded: Tokenizer | None = backend
+        self._json: str | None = None
+        self._fast: FastEncoder | None = None
         self.mask_token_id = self._special_id(MASK_TOKEN)
         self.eos_token_id = self._special_id(IM_END)
         self.pad_token_id = self._special_id(END_OF_TEXT)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def _backend(self) -> Tokenizer:
+        # Reading 150 thousand tokens takes most of a second: a worker process that only needs
+        # the fast encoder never does.
+        if self._loaded is None:
+            assert self._json is not None
+            self._loaded = Tokenizer.from_str(self._json)
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": None, "_json": self._serialized()}
+
+    def _serialized(self) -> str:
+        if self._json is None:
+            self._json = self._backend.to_str()
+        return self._json
 
     def _special_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -66,6 +93,37 @@ class SdarTokenizer:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_pieces(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """`encode` of every text as read-only int32 [n], by the fast encoder once enabled.
+
+        Equal texts share one array. Uses one core with the fast encoder, else all cores.
+        """
+        unique = list(dict.fromkeys(texts))
+        found = self._fast.encode(unique) if self._fast is not None else [None] * len(unique)
+        rest = [text for text, ids in zip(unique, found, strict=True) if ids is None]
+        slow = iter(self.encode_batch(rest) if rest else ())
+        by_text = {
+            text: np.array(next(slow), np.int32) if ids is None else ids
+            for text, ids in zip(unique, found, strict=True)
+        }
+        return [by_text[text] for text in texts]
+
+    def enable_fast(self, sample_texts: Sequence[str] = ()) -> str:
+        """Let `encode_pieces` use tiktoken's engine if its ids are the same; say what was decided.
+
+        Both engines are compared on a fixed battery of texts and on SAMPLE_TEXTS.
+        """
+        fast = build_fast_encoder(self._backend)
+        if isinstance(fast, str):
+            return f"tokenizer: tokenizers ({fast})"
+        added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+        texts = [*check_texts(added), *sample_texts]
+        difference = cross_check(fast, self._backend, texts)
+        if difference is not None:
+            return f"tokenizer: tokenizers (first difference: {difference})"
+        self._fast = fast
+        return f"tokenizer: tiktoken (checked on {len(texts)} strings)"
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of IDS; SKIP_SPECIAL leaves special tokens out."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -78,9 +136,7 @@ class SdarTokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of the serialised tokenizer: equal fingerprints give equal ids."""
-        if self._fingerprint is None:
-            self._fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
-        return self._fingerprint
+        return hashlib.sha256(self._serialized().encode()).hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> SdarTokenizer:

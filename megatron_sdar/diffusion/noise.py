@@ -1,19 +1,24 @@
 """Counter-based noise: which tokens of a document are masked, and with what probability.
 
-The draw depends on (seed, epoch, document, view) only, never on rank, worker, micro-batch or
-row, so it is the same under every parallel layout and packing and after every resume, and
-differs between documents wherever they are processed. Generator: Philox4x64, one counter
-stream per (document, view), one key per (seed, epoch).
+The draw depends on (seed, epoch, document, piece, view) only, never on rank, worker,
+micro-batch or row, so it is the same under every parallel layout and packing and after every
+resume, and differs between documents wherever they are processed. Generator: Philox4x64, one
+key per (seed, epoch), one counter stream per (document, piece, view).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 UNIFORM_SCALE = 2.0**-53
+
+# First word of a counter stream: what it is drawn for.
+NOISE_STREAM, ORDER_STREAM, SPLIT_STREAM, CHOICE_STREAM = range(4)
+_PIECE_SHIFT = 32
 
 
 @dataclass(frozen=True)
@@ -38,49 +43,104 @@ class NoiseDraw:
     masked: NDArray[np.bool_]
 
 
-def philox_words(
-    seed: int, epoch: int, stream: tuple[int, int, int], count: int
-) -> NDArray[np.uint64]:
-    """`count` random words of one counter stream of (seed, epoch).
+class PhiloxStreams:
+    """The counter streams of one (seed, epoch), each readable from its start at any time.
+
+    One generator is placed on one counter after the other, since making a generator takes five
+    times as long as the draws of a usual document. Not for several threads at once.
 
     Raw Philox words are used because numpy keeps those, unlike Generator methods, stable
     between versions.
     """
-    generator = np.random.Philox(
-        key=np.array([seed, epoch], dtype=np.uint64),
-        counter=np.array([0, *stream], dtype=np.uint64),
-    )
-    return generator.random_raw(count)
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        self._generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+        # The state of a generator that has drawn nothing: no words left in its buffer.
+        self._state = self._generator.state
+        self._counter: NDArray[np.uint64] = self._state["state"]["counter"]
+
+    def words(self, stream: tuple[int, int, int], count: int) -> NDArray[np.uint64]:
+        """The first `count` random words of a stream."""
+        self._counter[1], self._counter[2], self._counter[3] = stream
+        self._generator.state = self._state
+        return self._generator.random_raw(count)
 
 
-def uniforms(key: NoiseKey, document_id: int, count: int) -> NDArray[np.float64]:
-    """`count` uniforms in [0, 1) of the stream of (key, document_id)."""
-    words = philox_words(key.seed, key.epoch, (0, document_id, key.view), count)
+def philox_words(
+    seed: int, epoch: int, stream: tuple[int, int, int], count: int
+) -> NDArray[np.uint64]:
+    """The first `count` random words of one counter stream of (seed, epoch)."""
+    return PhiloxStreams(seed, epoch).words(stream, count)
+
+
+def to_uniforms(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Uniforms in [0, 1) from random words, 53 bits of each."""
     return (words >> np.uint64(11)).astype(np.float64) * UNIFORM_SCALE
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def uniforms(key: NoiseKey, document_id: int, count: int, piece: int = 0) -> NDArray[np.float64]:
+    """The first `count` uniforms in [0, 1) of the stream of (key, document_id, piece)."""
+    stream = _noise_stream(key, document_id, piece)
+    return to_uniforms(philox_words(key.seed, key.epoch, stream, count))
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int, part: int = 0) -> NDArray[np.int64]:
     """The permutation of rows in one epoch; other epochs have no influence on it.
 
-    Its stream (1, 0, 0) is apart from every document's (0, document, view).
+    `part` numbers the row sets of a blend: each has its own order. The stream is apart from
+    every document's.
     """
-    return np.argsort(philox_words(seed, epoch, (1, 0, 0), num_rows), kind="stable")
+    words = philox_words(seed, epoch, (ORDER_STREAM, part, 0), num_rows)
+    return np.argsort(words, kind="stable")
 
 
 def draw_noise(
-    key: NoiseKey, document_id: int, maskable: NDArray[np.bool_], eps: float
+    key: NoiseKey,
+    document_id: int,
+    maskable: NDArray[np.bool_],
+    eps: float,
+    piece: int = 0,
 ) -> NoiseDraw:
-    """Draw t ~ U[0, 1), p = (1 - eps) t + eps, and mask each maskable token with p.
+    """The noise of one document, see `draw_noises`; maskable is bool [n]."""
+    return draw_noises(key, [document_id], [piece], [maskable.size], maskable, eps)[0]
+
+
+def draw_noises(
+    key: NoiseKey,
+    document_ids: Sequence[int],
+    pieces: Sequence[int],
+    lengths: Sequence[int],
+    maskable: NDArray[np.bool_],
+    eps: float,
+) -> list[NoiseDraw]:
+    """Per document: draw t ~ U[0, 1), p = (1 - eps) t + eps, mask each maskable token with p.
 
     Args:
         key: seed, epoch and view.
-        document_id: global id of the document in the data set.
-        maskable: bool [n]; prompt tokens are False and stay clean.
+        document_ids: global ids of D documents in the data set.
+        pieces: which part of its document each is, 0 for whole documents.
+        lengths: tokens of each.
+        maskable: bool [sum of lengths]; prompt tokens are False and stay clean.
         eps: smallest masking probability (published: 1e-3).
 
     Formula: BD3-LM's linear schedule as SDAR's published training code applies it, one t per
-    document.
+    document (and per piece).
     """
-    draws = uniforms(key, document_id, 1 + maskable.size)
-    mask_prob = (1.0 - eps) * float(draws[0]) + eps
-    return NoiseDraw(mask_prob, maskable & (draws[1:] < mask_prob))
+    streams = PhiloxStreams(key.seed, key.epoch)
+    words = [
+        streams.words(_noise_stream(key, document_id, piece), 1 + length)
+        for document_id, piece, length in zip(document_ids, pieces, lengths, strict=True)
+    ]
+    draws = to_uniforms(np.concatenate(words))
+    firsts = np.cumsum([0, *lengths[:-1]]) + np.arange(len(lengths))
+    mask_probs = (1.0 - eps) * draws[firsts] + eps
+    masked = maskable & (np.delete(draws, firsts) < np.repeat(mask_probs, lengths))
+    ends = np.cumsum(lengths).tolist()
+    return [
+        NoiseDraw(mask_prob, masked[end - length : end])
+        for mask_prob, length, end in zip(mask_probs.tolist(), lengths, ends, strict=True)
+    ]
+
+
+def _noise_stream(key: NoiseKey, document_id: int, piece: int) -> tuple[int, int, int]:
+    return NOISE_STREAM, document_id, key.view | piece << _PIECE_SHIFT

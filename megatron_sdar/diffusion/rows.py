@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megatron_sdar.diffusion.loss import token_weights
 from megatron_sdar.diffusion.noise import NoiseDraw
@@ -92,21 +93,59 @@ def build_row(
 ) -> Row:
     """Lay documents out in one row of `row_length` tokens.
 
+    All tokens of a block of one copy see the same keys, so the layout is worked out per block,
+    for all documents at once.
+
     Raises:
         ValueError: if the kept blocks do not fit in `row_length`.
     """
-    layout = _RowLayout(row_length, block_length, mask_token_id, pad_token_id)
-    clean_starts = [layout.add_clean(document) for document in documents]
-    for document, clean_start in zip(documents, clean_starts, strict=True):
-        for view in document.views:
-            layout.add_noisy(document, view, clean_start)
-    return layout.finish(
-        sum(int((document.labels != IGNORED_LABEL).sum()) for document in documents)
+    blocks = _lay_out_blocks(documents, block_length)
+    end = blocks.sources.size * block_length
+    if end > row_length:
+        raise ValueError(
+            f"documents need {end} tokens but the row holds {row_length}; "
+            "the pack index does not fit this cutoff_len: build it again"
+        )
+    ids = _join([document.ids for document in documents], np.int32)
+    input_ids = np.full(row_length, pad_token_id, dtype=np.int64)
+    input_ids[:end] = _take_blocks(ids, blocks.sources, block_length)
+    position_ids = np.zeros(row_length, dtype=np.int64)
+    position_ids[:end] = _take_blocks(np.arange(ids.size), blocks.positions, block_length)
+    key_intervals = np.zeros((row_length, 4), dtype=np.int32)
+    key_intervals[:end] = np.repeat(blocks.key_intervals, block_length, axis=0)
+    # Each padding token is a document of its own and sees itself only.
+    key_intervals[end:, 0] = np.arange(end, row_length)
+    key_intervals[end:, 1] = np.arange(end + 1, row_length + 1)
+    views = [view for document in documents for view in document.views]
+    masked = _join([view.noise.masked for view in views], np.bool_)
+    masked_places = np.flatnonzero(_take_blocks(masked, blocks.mask_sources, block_length))
+    loss_positions = end - blocks.mask_sources.size * block_length + masked_places
+    target_ids = input_ids[loss_positions]
+    input_ids[loss_positions] = mask_token_id
+    counts = np.bincount(blocks.views[masked_places // block_length], minlength=len(views))
+    weights = [
+        token_weights(view.noise.mask_prob, count)
+        for view, count in zip(views, counts.tolist(), strict=True)
+    ]
+    labels = _join([document.labels for document in documents], np.int32)
+    padding = [end] if end < row_length else []
+    return Row(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        key_intervals=key_intervals,
+        segment_starts=np.array([*blocks.segment_starts.tolist(), *padding], dtype=np.int64),
+        loss_positions=loss_positions,
+        target_ids=target_ids,
+        loss_weights=_join(weights, np.float64),
+        num_label_tokens=int(np.count_nonzero(labels != IGNORED_LABEL)),
+        num_padding=row_length - end,
     )
 
 
 def concatenate_rows(rows: Sequence[Row]) -> Row:
     """Put rows behind each other on one token axis; they stay invisible to each other."""
+    if len(rows) == 1:
+        return rows[0]
     offsets = np.cumsum([0] + [row.num_tokens for row in rows[:-1]])
     pairs = list(zip(rows, offsets, strict=True))
     return Row(
@@ -124,87 +163,79 @@ def concatenate_rows(rows: Sequence[Row]) -> Row:
     )
 
 
-class _RowLayout:
-    """Append-only arrays of one row."""
+@dataclass(frozen=True)
+class _Blocks:
+    """The K kept blocks of a row in row order, clean ones first, then N noisy ones.
 
-    def __init__(
-        self, row_length: int, block_length: int, mask_token_id: int, pad_token_id: int
-    ) -> None:
-        self.block_length = block_length
-        self.mask_token_id = mask_token_id
-        self.row_length = row_length
-        self.end = 0
-        self.input_ids = np.full(row_length, pad_token_id, dtype=np.int64)
-        self.position_ids = np.zeros(row_length, dtype=np.int64)
-        self.key_intervals = np.zeros((row_length, 4), dtype=np.int32)
-        self.segment_starts: list[int] = []
-        self.loss_positions: list[NDArray[np.int64]] = []
-        self.target_ids: list[NDArray[np.int64]] = []
-        self.loss_weights: list[NDArray[np.float64]] = []
+    Attributes:
+        sources: int64 [K], the block's number in the joined ids of all documents.
+        positions: int64 [K], its number in its own document.
+        key_intervals: int32 [K, 4], what its tokens see.
+        mask_sources: int64 [N], the number of a noisy one in the joined masks of all views.
+        views: int64 [N], its view, numbered through the documents.
+        segment_starts: int64 [S], tokens of the row where a copy begins.
+    """
 
-    def _claim(self, count: int) -> slice:
-        start, self.end = self.end, self.end + count
-        if self.end > self.row_length:
-            raise ValueError(
-                f"documents need {self.end} tokens but the row holds {self.row_length}; "
-                "the pack index does not fit this cutoff_len: build it again"
-            )
-        if count:
-            self.segment_starts.append(start)
-        return slice(start, self.end)
+    sources: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    key_intervals: NDArray[np.int32]
+    mask_sources: NDArray[np.int64]
+    views: NDArray[np.int64]
+    segment_starts: NDArray[np.int64]
 
-    def add_clean(self, document: RowDocument) -> int:
-        """Append the kept clean blocks; returns where they start."""
-        count = document.num_clean_blocks * self.block_length
-        claimed = self._claim(count)
-        positions = np.arange(count)
-        self.input_ids[claimed] = document.ids[:count]
-        self.position_ids[claimed] = positions
-        intervals = self.key_intervals[claimed]
-        intervals[:, 0] = claimed.start
-        # A clean query sees clean blocks up to and including its own.
-        intervals[:, 1] = claimed.start + (positions // self.block_length + 1) * self.block_length
-        return claimed.start
 
-    def add_noisy(self, document: RowDocument, view: View, clean_start: int) -> None:
-        """Append the kept noisy blocks of one view."""
-        block = self.block_length
-        claimed = self._claim(view.kept_blocks.size * block)
-        block_starts = np.repeat(view.kept_blocks * block, block)
-        assert document.num_clean_blocks * block >= block_starts.max(initial=0), (
-            "a kept noisy block needs all clean blocks before it"
-        )
-        sources = block_starts + np.tile(np.arange(block), view.kept_blocks.size)
-        masked = view.noise.masked[sources]
-        self.input_ids[claimed] = np.where(masked, self.mask_token_id, document.ids[sources])
-        self.position_ids[claimed] = sources
-        intervals = self.key_intervals[claimed]
-        intervals[:, 0] = clean_start
-        intervals[:, 1] = clean_start + block_starts
-        own = claimed.start + np.arange(sources.size) // block * block
-        intervals[:, 2] = own
-        intervals[:, 3] = own + block
-        self.loss_positions.append(claimed.start + np.flatnonzero(masked))
-        self.target_ids.append(document.ids[sources][masked].astype(np.int64))
-        self.loss_weights.append(token_weights(view.noise.mask_prob, int(masked.sum())))
+def _lay_out_blocks(documents: Sequence[RowDocument], block_length: int) -> _Blocks:
+    views = [view for document in documents for view in document.views]
+    num_views = [len(document.views) for document in documents]
+    document_starts = _starts([document.ids.size // block_length for document in documents])
+    mask_starts = _starts([view.noise.masked.size // block_length for view in views])
+    num_clean = np.array([document.num_clean_blocks for document in documents], dtype=np.int64)
+    num_noisy = np.array([view.kept_blocks.size for view in views], dtype=np.int64)
+    clean_starts = _starts(num_clean)
+    copies = np.concatenate([num_clean, num_noisy])
+    view_documents = np.repeat(np.arange(len(documents)), num_views)
+    block_documents = np.repeat(np.concatenate([np.arange(len(documents)), view_documents]), copies)
+    block_starts = clean_starts[block_documents]
 
-    def finish(self, num_label_tokens: int) -> Row:
-        """Close the row: each padding token is a document of its own and sees itself only."""
-        padding = slice(self.end, self.row_length)
-        num_padding = self.row_length - self.end
-        if num_padding:
-            self.segment_starts.append(self.end)
-            places = np.arange(self.end, self.row_length)
-            self.key_intervals[padding, 0] = places
-            self.key_intervals[padding, 1] = places + 1
-        return Row(
-            input_ids=self.input_ids,
-            position_ids=self.position_ids,
-            key_intervals=self.key_intervals,
-            segment_starts=np.array(self.segment_starts, dtype=np.int64),
-            loss_positions=np.concatenate([np.zeros(0, np.int64), *self.loss_positions]),
-            target_ids=np.concatenate([np.zeros(0, np.int64), *self.target_ids]),
-            loss_weights=np.concatenate([np.zeros(0, np.float64), *self.loss_weights]),
-            num_label_tokens=num_label_tokens,
-            num_padding=num_padding,
-        )
+    places = np.arange(block_documents.size)
+    first_noisy = int(num_clean.sum())
+    kept = _join([view.kept_blocks for view in views], np.int64)
+    assert (kept <= num_clean[block_documents[first_noisy:]]).all(), (
+        "a kept noisy block needs all clean blocks before it"
+    )
+    positions = np.concatenate([places[:first_noisy] - block_starts[:first_noisy], kept])
+
+    intervals = np.zeros((positions.size, 4), dtype=np.int32)
+    intervals[:, 0] = block_starts
+    # A noisy query sees the clean blocks before its own, a clean query its own too.
+    intervals[:, 1] = block_starts + positions
+    intervals[:first_noisy, 1] += 1
+    intervals[first_noisy:, 2] = places[first_noisy:]
+    intervals[first_noisy:, 3] = places[first_noisy:] + 1
+
+    block_views = np.repeat(np.arange(len(views)), num_noisy)
+    return _Blocks(
+        sources=document_starts[block_documents] + positions,
+        positions=positions,
+        key_intervals=intervals * np.int32(block_length),
+        mask_sources=mask_starts[block_views] + kept,
+        views=block_views,
+        segment_starts=_starts(copies)[copies > 0] * block_length,
+    )
+
+
+def _take_blocks(
+    tokens: NDArray[Any], blocks: NDArray[np.int64], block_length: int
+) -> NDArray[Any]:
+    """The tokens of the blocks with these numbers, end to end."""
+    return tokens.reshape(-1, block_length).take(blocks, axis=0).ravel()
+
+
+def _starts(sizes: ArrayLike) -> NDArray[np.int64]:
+    """Where each of consecutive things of these sizes begins."""
+    counts = np.asarray(sizes, dtype=np.int64)
+    return np.cumsum(counts) - counts
+
+
+def _join(parts: Sequence[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *parts])

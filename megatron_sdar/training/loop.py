@@ -31,17 +31,16 @@ from megatron_sdar.model.weights import initialize
 from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
-from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
-from megatron_sdar.training.plot import plot_loss
-from megatron_sdar.training.setup import (
+from megatron_sdar.training.data import (
     describe_pack,
     make_loader,
-    make_stages,
-    make_step,
     pack,
-    prepare_data,
+    prepare_documents,
     tokenizer_path,
 )
+from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
+from megatron_sdar.training.plot import plot_loss
+from megatron_sdar.training.setup import make_stages, make_step
 from megatron_sdar.training.step import StepResult, TrainingStep
 
 
@@ -103,10 +102,10 @@ class TrainingRun:
         started = time.monotonic()
         training = self.config.training
         resume = run_on_main(self._choose_start, self.mesh)
-        store = prepare_data(self.config, self.mesh, self.say)
-        index = pack(self.config, self.arch, store)
-        self.say(describe_pack(index, self.config))
-        loader = make_loader(self.config, self.arch, self.mesh, store, index)
+        documents = prepare_documents(self.config, self.mesh, self.say)
+        indexes = pack(self.config, self.arch, documents)
+        self.say(describe_pack(documents, indexes, self.config))
+        loader = make_loader(self.config, self.arch, self.mesh, documents, indexes)
         stages = make_stages(self.config, self.arch, self.mesh)
         if resume is None:
             self._start_weights(stages)

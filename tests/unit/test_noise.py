@@ -1,4 +1,4 @@
-"""Noise depends on (seed, epoch, document, view) only, and is uniform and independent."""
+"""Noise depends on (seed, epoch, document, piece, view) only, is uniform and independent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_sdar.diffusion.noise import NoiseKey, draw_noise, epoch_order, uniforms
+from megatron_sdar.diffusion.noise import (
+    NoiseKey,
+    PhiloxStreams,
+    draw_noise,
+    draw_noises,
+    epoch_order,
+    uniforms,
+)
 
 EPS = 1e-3
 KEY = NoiseKey(seed=42, epoch=0)
@@ -35,6 +42,51 @@ def test_the_generator_is_pinned() -> None:
     second = draw_noise(NoiseKey(42, 1, 1), 2**40, _everything(24), EPS)
     assert second.mask_prob == 0.7427691521117814
     assert _picture(second.masked) == "XXX...XXXXXXXXX.XXX.X.XX"
+
+
+def numpys_words(
+    seed: int, epoch: int, stream: tuple[int, int, int], count: int
+) -> NDArray[np.uint64]:
+    """The words of a generator made for this stream alone."""
+    return np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64),
+        counter=np.array([0, *stream], dtype=np.uint64),
+    ).random_raw(count)
+
+
+def test_streams_read_in_any_order_are_numpys() -> None:
+    streams = PhiloxStreams(2**63 + 5, 3)
+    for stream, count in [
+        ((0, 5, 0), 7),
+        ((0, 5, 0), 1),
+        ((1, 0, 0), 4),
+        ((0, 2**40, 1), 201),
+        ((0, 2**63 + 1, 2**64 - 1), 2),
+        ((3, 0, 0), 0),
+        ((0, 5, 0), 9),
+    ]:
+        words = streams.words(stream, count)
+        assert words.dtype == np.uint64
+        assert np.array_equal(words, numpys_words(2**63 + 5, 3, stream, count)), stream
+
+
+def test_many_documents_at_once_draw_what_each_draws_alone() -> None:
+    rng = np.random.default_rng(0)
+    key = NoiseKey(7, 2, 1)
+    lengths = [9, 1, 0, 40, 4]
+    ids, pieces = [3, 2**40, 3, 0, 3], [0, 0, 1, 0, 2]
+    maskable = rng.random(sum(lengths)) < 0.8
+    draws = draw_noises(key, ids, pieces, lengths, maskable, EPS)
+    parts = np.split(maskable, np.cumsum(lengths)[:-1])
+    for document, piece, part, draw in zip(ids, pieces, parts, draws, strict=True):
+        words = numpys_words(7, 2, (0, document, 1 | piece << 32), 1 + part.size).tolist()
+        t, *levels = [(word >> 11) / 2**53 for word in words]
+        assert draw.mask_prob == (1 - EPS) * t + EPS
+        expected = [bool(m) and u < draw.mask_prob for m, u in zip(part, levels, strict=True)]
+        assert draw.masked.tolist() == expected
+        alone = draw_noise(key, document, part, EPS, piece)
+        assert alone.mask_prob == draw.mask_prob
+        assert np.array_equal(alone.masked, draw.masked)
 
 
 def test_the_epoch_order_is_pinned() -> None:
@@ -106,25 +158,27 @@ def test_the_masked_fraction_is_p() -> None:
     assert np.abs(deviations).max() < 5
 
 
-def _stream(key: NoiseKey, document: int) -> NDArray[np.float64]:
-    return uniforms(key, document, 4096) - 0.5
+def _stream(key: NoiseKey, document: int, piece: int = 0) -> NDArray[np.float64]:
+    return uniforms(key, document, 4096, piece) - 0.5
 
 
 @pytest.mark.parametrize(
-    ("key", "document"),
+    ("key", "document", "piece"),
     [
-        (KEY, 1),
-        (KEY, 2**33),
-        (replace(KEY, epoch=1), 0),
-        (replace(KEY, view=1), 0),
-        (replace(KEY, seed=43), 0),
-        (NoiseKey(seed=0, epoch=42), 0),
+        (KEY, 1, 0),
+        (KEY, 2**33, 0),
+        (KEY, 0, 1),
+        (KEY, 0, 2**20),
+        (replace(KEY, epoch=1), 0, 0),
+        (replace(KEY, view=1), 0, 0),
+        (replace(KEY, seed=43), 0, 0),
+        (NoiseKey(seed=0, epoch=42), 0, 0),
     ],
 )
-def test_other_documents_epochs_views_and_seeds_are_uncorrelated(
-    key: NoiseKey, document: int
+def test_other_documents_pieces_epochs_views_and_seeds_are_uncorrelated(
+    key: NoiseKey, document: int, piece: int
 ) -> None:
-    ours, theirs = _stream(KEY, 0), _stream(key, document)
+    ours, theirs = _stream(KEY, 0), _stream(key, document, piece)
     limit = 4.5 / np.sqrt(ours.size)
     for shift in (-4, -1, 0, 1, 4):  # overlapping counter streams would be equal when shifted
         correlation = np.corrcoef(ours, np.roll(theirs, shift))[0, 1]
@@ -148,9 +202,14 @@ def test_an_epoch_order_is_a_permutation(num_rows: int) -> None:
     assert np.array_equal(np.sort(epoch_order(num_rows, 1, 2)), np.arange(num_rows))
 
 
-def test_epochs_and_seeds_have_different_orders() -> None:
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
+def test_epochs_seeds_and_parts_have_different_orders() -> None:
+    orders = {
+        tuple(epoch_order(50, seed, epoch, part))
+        for seed in range(3)
+        for epoch in range(3)
+        for part in range(3)
+    }
+    assert len(orders) == 27
 
 
 def test_an_epoch_order_favours_no_place() -> None:

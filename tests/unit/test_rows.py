@@ -135,6 +135,42 @@ def test_a_documents_content_does_not_depend_on_its_neighbours() -> None:
         assert np.array_equal(left, right), name
 
 
+def plain_intervals(packing: Packing) -> list[list[int]]:
+    """Key intervals token by token, from where each copy and block begins."""
+    first: dict[tuple[int, str, int, int], int] = {}
+    for place, token in enumerate(packing.tokens):
+        first.setdefault((token.document, token.copy, token.view, token.block), place)
+    starts: dict[int, int] = {}
+    length, intervals = packing.block_length, []
+    clean_end = 0
+    for number, document in enumerate(packing.documents):
+        starts[number] = clean_end
+        clean_end += document.num_clean_blocks * length
+    for place, token in enumerate(packing.tokens):
+        if token.copy == "padding":
+            intervals.append([place, place + 1, 0, 0])
+            continue
+        start = starts[token.document]
+        if token.copy == "clean":
+            intervals.append([start, start + (token.block + 1) * length, 0, 0])
+        else:
+            own = first[token.document, "noisy", token.view, token.block]
+            intervals.append([start, start + token.block * length, own, own + length])
+    return intervals
+
+
+def test_key_intervals_are_those_of_each_token_alone(packing: Packing) -> None:
+    assert packing.row.key_intervals.tolist() == plain_intervals(packing)
+
+
+def test_a_row_without_documents_is_padding() -> None:
+    row = build_row([], 6, BLOCK, MASK_ID, PAD_ID)
+    assert row.input_ids.tolist() == [PAD_ID] * 6
+    assert row.segment_starts.tolist() == [0]
+    assert row.num_padding == 6
+    assert row.key_intervals.tolist() == [[i, i + 1, 0, 0] for i in range(6)]
+
+
 def test_concatenated_rows_keep_their_content_and_move_their_places() -> None:
     packings = [random_packing(seed, BLOCK) for seed in (1, 2, 3)]
     rows = [packing.row for packing in packings]

@@ -1,0 +1,309 @@
+"""From the data section of the configuration to a loader.
+
+Order: token files (made on rank 0 when datasets are named), which documents of them are used
+(validation split, mixing), rows, loader. Every rank gets the same rows and takes its own share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.config import DataConfig, SdarConfig
+from megatron_sdar.data.blend import BlendSchedule
+from megatron_sdar.data.builder import BuildOptions, ensure_dataset
+from megatron_sdar.data.chat_template import load_chat_template
+from megatron_sdar.data.documents import DocumentStore, interleave_documents, split_documents
+from megatron_sdar.data.loader import RowLoader, RowOptions
+from megatron_sdar.data.metadata import Recipe, read_metadata
+from megatron_sdar.data.packing import PackedIndex, pack_documents
+from megatron_sdar.data.sources import DatasetSpec, resolve_datasets
+from megatron_sdar.data.template import TemplateOptions
+from megatron_sdar.data.tokenizer import load_tokenizer
+from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.parallel.launch import run_on_main
+from megatron_sdar.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class TrainingDocuments:
+    """Which documents a run uses.
+
+    Attributes:
+        train: one store, or with mix_strategy blend one per dataset; selections of one store.
+        validation: documents held out by val_size, if any.
+        mask_history: whether the tokens were labelled on the last turn only.
+        plain_text: whether the tokens are continued-pretraining text.
+    """
+
+    train: tuple[DocumentStore, ...]
+    validation: DocumentStore | None
+    mask_history: bool
+    plain_text: bool
+
+
+def tokenizer_path(config: SdarConfig) -> str:
+    """Where the tokenizer lies."""
+    return config.model.tokenizer_name_or_path or config.model.model_name_or_path
+
+
+def template_options(config: SdarConfig) -> TemplateOptions:
+    """How the data configuration wants documents written."""
+    data = config.data
+    own = data.template == "chat_template"
+    return TemplateOptions(
+        template=data.template,
+        enable_thinking=data.enable_thinking,
+        mask_history=data.mask_history,
+        train_on_prompt=data.train_on_prompt,
+        default_system=data.default_system,
+        llamafactory_version=data.llamafactory_version,
+        chat_template=load_chat_template(tokenizer_path(config)) if own else None,
+    )
+
+
+def prepare_documents(
+    config: SdarConfig, mesh: ParallelMesh, say: Callable[[str], None]
+) -> TrainingDocuments:
+    """Tokenise on rank 0 if datasets are named, open the token files, choose the documents.
+
+    Args:
+        say: called on rank 0 with lines for the user.
+
+    Raises:
+        ValueError: unreadable data; token files made with other options than the configuration
+            asks for; a mixture that does not fit the datasets.
+
+    Collective: broadcast_object_list (world).
+    """
+    data = config.data
+    prefixes = list(data.data_path)
+    if prefixes:
+        for prefix in prefixes:
+            _check_recipe(prefix, config)
+        # Damage far inside an index is found here, not after days of training.
+        run_on_main(lambda: _verify(prefixes), mesh)
+    else:
+        prefixes = run_on_main(lambda: _tokenise(config, say), mesh)
+    store = DocumentStore([TokenizedDataset(prefix) for prefix in prefixes])
+    recipes = [dataset.metadata.recipe for dataset in store.datasets]
+    train, validation = _choose(store, config)
+    return TrainingDocuments(
+        train=train,
+        validation=validation,
+        mask_history=bool(recipes[0].template.get("mask_history")),
+        plain_text=all(_is_plain_text(recipe) for recipe in recipes),
+    )
+
+
+def pack(
+    config: SdarConfig, arch: Architecture, documents: TrainingDocuments
+) -> list[PackedIndex]:
+    """Assign the documents of every training store to rows; the same on every rank."""
+    assert arch.block_size is not None, "validated"
+    data = config.data
+    mode = data.truncate_mode or ("split" if documents.plain_text else "cut")
+
+    def pack_store(store: DocumentStore) -> PackedIndex:
+        assert arch.block_size is not None
+        return pack_documents(
+            store.lengths,
+            data.cutoff_len,
+            arch.block_size,
+            truncate_mode=mode,
+            packing=data.neat_packing,
+            algorithm=data.packing_algorithm,
+            cut_lengths=lambda places, limit: store.cut_lengths(
+                places, limit, mask_history=documents.mask_history
+            ),
+            num_workers=data.preprocessing_num_workers or 1,
+        )
+
+    return [pack_store(store) for store in documents.train]
+
+
+def describe_pack(
+    documents: TrainingDocuments, indexes: Sequence[PackedIndex], config: SdarConfig
+) -> str:
+    """Rows and fill, and every document that was held out, dropped, cut or split."""
+    cutoff = config.data.cutoff_len
+    lines = []
+    for number, index in enumerate(indexes):
+        name = f"dataset {number}: " if len(indexes) > 1 else ""
+        lines.append(
+            f"{name}{index.doc_ids.size:,} documents in {len(index):,} rows of {cutoff} tokens, "
+            f"fill {index.fill:.3f}"
+        )
+        if index.num_dropped or index.num_cut or index.num_split:
+            lines.append(
+                f"longer than cutoff_len={cutoff}: {index.num_dropped:,} documents dropped, "
+                f"{index.num_cut:,} cut, {index.num_split:,} split, "
+                f"{index.num_lost_tokens:,} tokens lost (truncate_mode: {index.truncate_mode})"
+            )
+    if documents.validation is not None:
+        lines.append(
+            f"val_size={config.data.val_size:g}: {len(documents.validation):,} documents are held "
+            "out (they are not evaluated during training yet)"
+        )
+    return "\n".join(lines)
+
+
+def make_loader(
+    config: SdarConfig,
+    arch: Architecture,
+    mesh: ParallelMesh,
+    documents: TrainingDocuments,
+    indexes: Sequence[PackedIndex],
+) -> RowLoader:
+    """The loader of this data-parallel rank; identical on its tp and pp peers."""
+    assert arch.block_size is not None, "validated"
+    assert arch.mask_token_id is not None, "validated"
+    data, training = config.data, config.training
+    rows_per_step = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * mesh.dp_size
+    )
+    return RowLoader(
+        documents.train,
+        indexes,
+        RowOptions(
+            cutoff_len=data.cutoff_len,
+            block_length=arch.block_size,
+            mask_token_id=arch.mask_token_id,
+            pad_token_id=documents.train[0].datasets[0].metadata.pad_token_id,
+            noise_eps=config.diffusion.noise_eps,
+            seed=training.seed,
+            shuffle=not data.disable_shuffling,
+            mask_history=documents.mask_history,
+        ),
+        rows_per_micro_batch=training.per_device_train_batch_size,
+        num_micro_batches=training.gradient_accumulation_steps,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        schedule=blend_schedule(data, rows_per_step) if data.mix_strategy == "blend" else None,
+        num_workers=data.dataloader_num_workers,
+        prefetch=True,
+    )
+
+
+def blend_schedule(data: DataConfig, rows_per_step: int) -> BlendSchedule:
+    """The weights of `blend_weights`, whose steps become rows of the stream.
+
+    Raises:
+        ValueError: text that is not of the form `0.7,0.3; 0.5,0.5 @1000`.
+    """
+    segments = []
+    for text in (data.blend_weights or "").split(";"):
+        weights, _, step = text.partition("@")
+        try:
+            values = [float(weight) for weight in weights.split(",")]
+            first = int(step) if step.strip() else 0
+        except ValueError as error:
+            raise ValueError(
+                f"blend_weights: {text.strip()!r} is not of the form 0.7,0.3 or 0.7,0.3 @1000 "
+                "(weights, then the step they begin at)"
+            ) from error
+        segments.append((first * rows_per_step, values))
+    return BlendSchedule(segments)
+
+
+def _choose(
+    store: DocumentStore, config: SdarConfig
+) -> tuple[tuple[DocumentStore, ...], DocumentStore | None]:
+    """(training stores, held-out documents) of STORE."""
+    data, seed = config.data, config.training.seed
+    validation = None
+    chosen = [np.asarray(store.ids_of(number)) for number in range(len(store.datasets))]
+    if data.val_size:
+        # Before mixing, so that no repetition of a held-out document is trained on.
+        kept, held_out = split_documents(store.total, data.val_size, seed)
+        validation = store.select(held_out)
+        chosen = [np.intersect1d(ids, kept, assume_unique=True) for ids in chosen]
+    if data.mix_strategy == "blend":
+        for dataset, ids in zip(store.datasets, chosen, strict=True):
+            if not ids.size:
+                raise ValueError(f"mix_strategy blend: {dataset.prefix} has no training document")
+        return tuple(store.select(ids) for ids in chosen), validation
+    ids = np.concatenate(chosen)
+    if data.mix_strategy != "concat":
+        probs = None
+        if data.interleave_probs is not None:
+            probs = _numbers("interleave_probs", data.interleave_probs)
+        mixed = interleave_documents([len(i) for i in chosen], data.mix_strategy, probs, seed)
+        return (store.select(ids[mixed % len(ids)] + mixed // len(ids) * store.total),), validation
+    return (store if validation is None else store.select(ids),), validation
+
+
+def _numbers(key: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{key}: {text!r} is not a list of numbers such as 0.7,0.3") from error
+
+
+def _is_plain_text(recipe: Recipe) -> bool:
+    return all(source["layout"]["formatting"] == "text" for source in recipe.sources)
+
+
+def _check_recipe(prefix: str, config: SdarConfig) -> None:
+    """Refuse options that the token files at `prefix` were not made with.
+
+    Keys left at their default follow the files; a key that was set must agree with them.
+    """
+    data = config.data
+    recipe = read_metadata(prefix).recipe
+    defaults = DataConfig()
+    found = {**recipe.template, "max_samples": recipe.max_samples}
+    del found["chat_template"]
+    problems = [
+        f"{key} is {getattr(data, key)!r}, the files were made with {was!r}"
+        for key, was in found.items()
+        if getattr(data, key) not in (was, getattr(defaults, key))
+    ]
+    if config.training.stage == "pt" and not _is_plain_text(recipe):
+        problems.append("stage is 'pt', the files hold conversations")
+    if problems:
+        raise ValueError(
+            f"data_path: {prefix} is tokenised already and these keys come too late: "
+            f"{'; '.join(problems)}; remove them, or run tools/preprocess_data.py with them"
+        )
+
+
+def _verify(prefixes: Sequence[str]) -> None:
+    for prefix in prefixes:
+        TokenizedDataset(prefix).verify()
+
+
+def _tokenise(config: SdarConfig, say: Callable[[str], None]) -> list[str]:
+    """Make the token files where they are not there yet; their prefixes."""
+    data = config.data
+    cache = data.tokenized_path or f"{config.training.output_dir}/tokenized/data"
+    specs = resolve_datasets(data.dataset, data.dataset_dir, config.training.stage)
+    builds: list[tuple[str, list[DatasetSpec]]] = [(cache, specs)]
+    if data.mix_strategy != "concat":
+        builds = [(f"{cache}.{i}-{spec.name}", [spec]) for i, spec in enumerate(specs)]
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    for prefix, chosen in builds:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        summary = ensure_dataset(
+            chosen,
+            prefix,
+            tokenizer,
+            template_options(config),
+            BuildOptions(
+                num_workers=data.preprocessing_num_workers,
+                max_samples=data.max_samples,
+                seed=config.training.seed,
+                on_error=data.on_data_error,
+                overwrite=data.overwrite_cache,
+            ),
+            # Without tokenized_path the files are this run's own, so they may follow its inputs.
+            rebuild_stale=data.tokenized_path is None,
+        )
+        say(summary.format())
+    prefixes = [prefix for prefix, _ in builds]
+    _verify(prefixes)
+    return prefixes
