@@ -9,12 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sdar.data.builder import BuildOptions, build_dataset, merge_shards
+from megatron_sdar.data.build_options import ON_ERROR_MODES, BuildOptions
+from megatron_sdar.data.builder import build_dataset
 from megatron_sdar.data.chat_template import load_chat_template
+from megatron_sdar.data.dataset_info import STAGES
 from megatron_sdar.data.packing import TRUNCATE_MODES
+from megatron_sdar.data.shards import merge_shards
 from megatron_sdar.data.sources import (
-    ON_ERROR_MODES,
-    STAGES,
     DatasetSpec,
     dataset_from_file,
     read_dataset_info,

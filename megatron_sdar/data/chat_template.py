@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sdar.data.fields import require_unicode
 from megatron_sdar.data.layouts import Conversation
-from megatron_sdar.data.messages import BETWEEN_TOOL_RESULTS
 from megatron_sdar.data.records import RecordError
 from megatron_sdar.data.tool_calls import parse_calls, parse_tools
 
 if TYPE_CHECKING:
     from megatron_sdar.data.jinja_sandbox import JinjaTemplate
 
-_REASON = "chat template"
+# How `data/messages.py` joins the results of several calls (as LLaMA-Factory does); chat
+# templates want them one by one.
+_BETWEEN_TOOL_RESULTS = "\n</tool_response>\n<tool_response>\n"
 _THOUGHT = re.compile(r"<think>.*?</think>\n*", re.DOTALL)
 _CALL_THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.DOTALL)
 # Two answers that begin and end with different characters: what two renderings share cannot
@@ -37,15 +38,16 @@ Message = dict[str, Any]
 
 
 def load_chat_template(directory: str | Path) -> str:
-    """The Jinja text of the chat template in the model DIRECTORY.
+    """The Jinja text of the chat template in the model DIRECTORY (or beside that tokenizer.json).
 
     It is chat_template.jinja, or the "chat_template" of tokenizer_config.json (of several named
     ones "default", else "tool_use"). Raises ValueError when there is none.
     """
-    file = Path(directory) / "chat_template.jinja"
+    directory = _directory(directory)
+    file = directory / "chat_template.jinja"
     if file.is_file():
         return _read_text(file)
-    config = Path(directory) / "tokenizer_config.json"
+    config = directory / "tokenizer_config.json"
     found = _read_config(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):
         named = {
@@ -63,7 +65,7 @@ def load_chat_template(directory: str | Path) -> str:
 
 def load_template_tokens(directory: str | Path) -> dict[str, str]:
     """`bos_token` and `eos_token`, where the tokenizer_config.json in DIRECTORY names them."""
-    config = Path(directory) / "tokenizer_config.json"
+    config = _directory(directory) / "tokenizer_config.json"
     entries = _read_config(config) if config.is_file() else {}
     tokens = {}
     for name in ("bos_token", "eos_token"):
@@ -156,14 +158,17 @@ class _Rendering:
             prompt = self._render(history, generation=True, thinking=thinking)
             if self._full.startswith(prompt):
                 return len(prompt)
-        # The generation prompt may open a thought that the history no longer shows.
-        before = self._render(history)
+        # The generation prompt may open a thought, and a later prompt may strip earlier ones: then
+        # the answer begins where the template writes any other text for it.
         others = [self._render_with(index, {"content": text}) for text in _OTHER_TEXTS]
         start = min(_shared_prefix(self._full, other) for other in others)
-        if not (self._full.startswith(before) and start >= len(before)):
+        if any(
+            not other.startswith(text, start)
+            for other, text in zip(others, _OTHER_TEXTS, strict=True)
+        ):
             raise self._error(
-                f"what precedes the answer in message {index} is written differently when the "
-                "conversation goes on, so prompt and answer cannot be told apart"
+                f"what precedes the answer in message {index} changes with the answer or with "
+                "what follows it, so prompt and answer cannot be told apart"
             )
         return start
 
@@ -187,11 +192,15 @@ class _Rendering:
         return stop + len(marker)
 
     def _check_nothing_is_left_out(self) -> None:
-        """Every content and every call must show in the rendering."""
+        """Every content and every call must change the rendering when it changes."""
         for index, message in enumerate(self._messages):
-            content = message["content"].strip()
-            is_used = content in self._full or self._full != self._render_with(
-                index, {**message, "content": _OTHER_TEXTS[0]}
+            # Templates leave out system and tool messages; what users and answers say, if seen,
+            # needs no second rendering.
+            is_used = message["role"] in ("user", "assistant") and (
+                message["content"].strip() in self._full
+            )
+            is_used = is_used or self._full != self._render_with(
+                index, {**message, "content": message["content"] + _OTHER_TEXTS[0]}
             )
             if is_used and "tool_calls" in message:
                 is_used = self._full != self._render_with(
@@ -226,7 +235,7 @@ class _Rendering:
             raise self._error(str(error)) from error
 
     def _error(self, detail: str) -> RecordError:
-        return RecordError(self._location, _REASON, detail)
+        return RecordError(self._location, "chat template", detail)
 
 
 def _make_messages(
@@ -240,7 +249,7 @@ def _make_messages(
         messages.append({"role": "system", "content": system})
     for turn in conversation.turns:
         if turn.prompt_role == "observation":
-            results = turn.prompt_text.split(BETWEEN_TOOL_RESULTS)
+            results = turn.prompt_text.split(_BETWEEN_TOOL_RESULTS)
             messages += [{"role": "tool", "content": text} for text in results]
         else:
             messages.append({"role": "user", "content": turn.prompt_text})
@@ -251,11 +260,24 @@ def _make_messages(
             thought = found.group(0) if found else ""
             calls = parse_calls(turn.response_text[len(thought) :], conversation.location)
             answer["content"] = thought
-            answer["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+            answer["tool_calls"] = [
+                {"type": "function", "function": _with_object(call)} for call in calls
+            ]
         if remove_thoughts:
             answer["content"] = _THOUGHT.sub("", answer["content"]).lstrip("\n")
         messages.append(answer)
     return messages, answers
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """CALL with its arguments as an object, as templates expect them, if given as JSON text."""
+    arguments = call["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _shared_prefix(left: str, right: str) -> int:
@@ -273,6 +295,11 @@ def _shared_prefix(left: str, right: str) -> int:
 def _shared_suffix(left: str, right: str) -> int:
     """Length of the longest text that both end with."""
     return _shared_prefix(left[::-1], right[::-1])
+
+
+def _directory(path: str | Path) -> Path:
+    path = Path(path)
+    return path.parent if path.is_file() else path
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import csv
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatron_sdar.data.line_files import line_too_long
+from megatron_sdar.data import streams
+from megatron_sdar.data.line_files import invalid_utf8, line_too_long
 from megatron_sdar.data.records import Record, RecordError
-from megatron_sdar.data.streams import MAX_RECORD_BYTES, ByteStream, iter_lines
+from megatron_sdar.data.streams import ByteStream, iter_lines
 
 
 class _Row(NamedTuple):
@@ -32,24 +33,19 @@ class _Lines:
         self.error: RecordError | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            self.number = line.number
-            self.length += line.length
-            location = f"{self._file}:{line.number}"
-            if line.data is None:
-                self.error = line_too_long(location, line.length)
+        for number, length, data in self._lines:
+            self.number = number
+            self.length += length
+            if data is None:
+                self.error = line_too_long(f"{self._file}:{number}", length)
                 yield "\n"
                 continue
             try:
-                yield line.data.decode("utf-8")
+                yield data.decode("utf-8")
             except UnicodeDecodeError as error:
-                self.error = RecordError(
-                    location,
-                    "invalid UTF-8",
-                    f"byte {error.start + 1} of the line is {line.data[error.start]:#x}",
-                )
+                self.error = invalid_utf8(f"{self._file}:{number}", error)
                 # The row keeps its shape, so the rows after it are read as they are.
-                yield line.data.decode("utf-8", errors="replace")
+                yield data.decode("utf-8", errors="replace")
 
 
 def read_csv(stream: ByteStream) -> Iterator[Record]:
@@ -72,7 +68,7 @@ def read_csv(stream: ByteStream) -> Iterator[Record]:
 
 def _read_rows(stream: ByteStream, lines: _Lines) -> Iterator[_Row]:
     # The default of 128 KiB is for the whole process, and too short for documents.
-    csv.field_size_limit(MAX_RECORD_BYTES)
+    csv.field_size_limit(streams.MAX_RECORD_BYTES)
     reader = csv.reader(iter(lines), strict=True)
     while True:
         first = lines.number + 1

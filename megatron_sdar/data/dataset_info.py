@@ -47,9 +47,9 @@ class DatasetSpec:
     """One dataset: its name, its files in reading order, and the layout of their records.
 
     `explicit_columns` are optional columns that dataset_info.json names: each must turn up in
-    at least one record, so that a misspelt name is not read as "absent everywhere" (see
-    `unseen_columns`). `num_samples`: how many records are taken at random (see
-    `sampling.sample_counts`); None for each once.
+    at least one record, so that a misspelt name is not read as "absent everywhere"; who reads
+    all records checks it. `num_samples`: how many records are taken at random (see
+    `sampling.sample_counts`); None: each once.
     """
 
     name: str
@@ -204,9 +204,9 @@ def _read_columns(
 
 def _read_names(
     where: str, given: object, kind: type[Columns] | type[Tags], refused: dict[str, str]
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     # Unlisted names become None: an entry that lists any column lists all that it uses.
-    names: dict[str, str | None] = {f.name: None for f in fields(kind)}
+    names: dict[str, Any] = {f.name: None for f in fields(kind)}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: must be an object, got {type(given).__name__}")
     for key, value in given.items():

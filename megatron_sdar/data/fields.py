@@ -43,18 +43,25 @@ def require_text(value: object, name: str, location: str) -> str:
 
 def require_unicode(text: str, name: str, location: str) -> str:
     """TEXT, unless it holds half of a surrogate pair, which no tokenizer accepts: RecordError."""
-    if text.isascii():
+    if is_unicode(text):
         return text
+    place = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    raise RecordError(
+        location,
+        "invalid unicode",
+        f"{name!r} holds half of a surrogate pair (\\u{ord(text[place]):04x}) at character {place}",
+    )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether TEXT can be written as UTF-8: half of a surrogate pair cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            location,
-            "invalid unicode",
-            f"{name!r} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at "
-            f"character {error.start}",
-        ) from error
-    return text
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_answer(value: object, name: str, location: str) -> str:

@@ -14,12 +14,14 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.filters import do_indent
-from jinja2.parser import Parser
+from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
+
+from megatron_sdar.data.jinja_tree import GenerationTag, meter_tree
 
 MAX_CHARACTERS = 50_000_000
 MAX_SECONDS = 30.0
@@ -29,6 +31,8 @@ _LEFT_OUT_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "
 _LEFT_OUT_GLOBALS = ("lipsum",)
 _PADDING_METHODS = ("center", "expandtabs", "ljust", "rjust", "zfill")
 _MAX_EXPONENT_BITS = 4096
+# What looking at one value costs in time, counted in characters.
+_VALUE_COST = 64
 # Widths of four digits, or widths taken from a value.
 _WIDE_FORMAT = re.compile(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
 
@@ -38,7 +42,10 @@ class ChatTemplateError(ValueError):
 
 
 class JinjaTemplate:
-    """A compiled chat template. Not for use by two threads at once."""
+    """A compiled chat template. Not for use by two threads at once.
+
+    variables: the names that it reads and does not set itself.
+    """
 
     def __init__(self, text: str) -> None:
         """Compile TEXT. Raises ChatTemplateError with the line for a syntax error."""
@@ -47,13 +54,15 @@ class JinjaTemplate:
             lstrip_blocks=True,
             # Folding constants would run parts of the template while it is compiled.
             optimized=False,
-            extensions=[_GenerationTag, loopcontrols],
+            extensions=[GenerationTag, loopcontrols],
         )
         try:
             self._template = self._environment.from_string(text)
+            self.variables = find_undeclared_variables(self._environment.parse(text))
         except TemplateSyntaxError as error:
             raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
-        except RecursionError as error:
+        except (RecursionError, SyntaxError, MemoryError) as error:
+            # SyntaxError is Python's for the code that Jinja makes: it nests 20 loops at most.
             raise ChatTemplateError("it is nested too deep") from error
 
     def render(self, **variables: object) -> str:
@@ -126,13 +135,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.body.insert(0, _tick_statement(loop.lineno))
-            if loop.test is not None:
-                loop.test = nodes.And(_tick_call(loop.lineno), loop.test, lineno=loop.lineno)
-        for macro in list(tree.find_all(nodes.Macro)):
-            macro.body.insert(0, _tick_statement(macro.lineno))
-        _replace_concatenations(tree)
+        meter_tree(tree)
         tree.set_environment(self)
         return tree
 
@@ -194,7 +197,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         waiting = [value]
         while waiting:
             item = waiting.pop()
-            self.spend(16 + each + (len(item) if isinstance(item, str) else 0))
+            self.spend(_VALUE_COST + each + (len(item) if isinstance(item, str) else 0))
             if isinstance(item, Mapping):
                 waiting += item.keys()
                 waiting += item.values()
@@ -206,8 +209,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.spend(len(text) + text.count(values[0]) * len(values[1]))
 
     def _finalize(self, value: Any) -> Any:
-        # What is written out is bounded here, before str() makes it.
-        if not isinstance(value, str):
+        # What is written, also into a variable, is paid for before str() makes it.
+        if isinstance(value, str):
+            self.spend(len(value))
+        else:
             self._spend_values(value)
         return value
 
@@ -265,17 +270,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(map(str, values))
 
 
-class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks answers for transformers; just its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=lineno)
-
-
 class _TemplateNamespace(Namespace):
     """A namespace whose attributes cannot be Python's own."""
 
@@ -302,34 +296,6 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
-
-
-def _tick_call(lineno: int) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=lineno)
-
-
-def _tick_statement(lineno: int) -> nodes.ExprStmt:
-    return nodes.ExprStmt(_tick_call(lineno), lineno=lineno)
-
-
-def _replace_concatenations(node: nodes.Node) -> None:
-    """Make every `a ~ b` below NODE a call of the filter that pays for its result first."""
-    for name, value in node.iter_fields():
-        if isinstance(value, nodes.Node):
-            _replace_concatenations(value)
-            setattr(node, name, _bounded(value))
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                if isinstance(item, nodes.Node):
-                    _replace_concatenations(item)
-                    value[index] = _bounded(item)
-
-
-def _bounded(node: nodes.Node) -> nodes.Node:
-    if not isinstance(node, nodes.Concat):
-        return node
-    values = nodes.List(node.nodes, lineno=node.lineno)
-    return nodes.Filter(values, "concatenate", [], [], None, None, lineno=node.lineno)
 
 
 def _sized(value: object) -> int:

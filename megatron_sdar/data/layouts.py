@@ -57,10 +57,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Tags:
-    """Names inside a message: its two fields, and the value of each role."""
+    """Names inside a message: its two fields, and the value of each role (None: no such role)."""
 
-    role_tag: str | None = "from"
-    content_tag: str | None = "value"
+    role_tag: str = "from"
+    content_tag: str = "value"
     user_tag: str | None = "human"
     assistant_tag: str | None = "gpt"
     observation_tag: str | None = "observation"

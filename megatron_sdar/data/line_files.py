@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_sdar.data import streams
 from megatron_sdar.data.records import Record, RecordError
-from megatron_sdar.data.streams import MAX_RECORD_BYTES, ByteStream, Line
+from megatron_sdar.data.streams import ByteStream, Line
 
 TEXT_COLUMN = "text"
 
@@ -65,30 +66,24 @@ def line_too_long(location: str, length: int) -> RecordError:
     return RecordError(
         location,
         "line too long",
-        f"the line has {length} bytes, and at most {MAX_RECORD_BYTES} are read into memory at "
-        "once; split it into several records",
+        f"the line has {length} bytes, and at most {streams.MAX_RECORD_BYTES} are read into "
+        "memory at once; split it into several records",
     )
 
 
-def decode_utf8(location: str, data: bytes) -> str:
-    """DATA as text. Raises RecordError that names the first byte that is not UTF-8."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordError(
-            location,
-            "invalid UTF-8",
-            f"byte {error.start + 1} of the line is {data[error.start]:#x}",
-        ) from error
+def invalid_utf8(location: str, error: UnicodeDecodeError) -> RecordError:
+    """The error of a line that cannot be decoded because of ERROR."""
+    byte = error.object[error.start]
+    return RecordError(location, "invalid UTF-8", f"byte {error.start + 1} of it is {byte:#x}")
 
 
 def parse_object(location: str, data: bytes) -> dict[str, Any] | RecordError:
     """The JSON object in DATA, one line, or what is wrong with it."""
     try:
         # A newline left at the end would move an error there to column 1 of the next line.
-        value = json.loads(decode_utf8(location, data).rstrip("\r\n"))
-    except RecordError as error:
-        return error
+        value = json.loads(data.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        return invalid_utf8(location, error)
     except json.JSONDecodeError as error:
         return RecordError(location, "invalid JSON", f"{error.msg} at column {error.colno}")
     except RecursionError:
@@ -116,6 +111,7 @@ def require_object(location: str, value: object) -> dict[str, Any] | RecordError
 
 def _parse_text(location: str, data: bytes) -> dict[str, Any] | RecordError:
     try:
-        return {TEXT_COLUMN: decode_utf8(location, data).removesuffix("\n").removesuffix("\r")}
-    except RecordError as error:
-        return error
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return invalid_utf8(location, error)
+    return {TEXT_COLUMN: text.removesuffix("\n").removesuffix("\r")}

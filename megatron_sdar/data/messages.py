@@ -9,6 +9,7 @@ import json
 from typing import Any, NamedTuple
 
 from megatron_sdar.data.fields import (
+    is_unicode,
     names_in,
     optional_column,
     require_answer,
@@ -24,15 +25,16 @@ LATER_MESSAGES = "messages after the first"
 
 # LLaMA-Factory's way to put several tool results into one observation of the template.
 _BETWEEN_TOOL_RESULTS = "\n</tool_response>\n<tool_response>\n"
+_DEFAULT_TAGS = Tags()
 _PROMPT_ROLES = ("user", "observation")
 _RESPONSE_ROLES = ("assistant", "function")
 
 
 class _Message(NamedTuple):
-    """A message: its place in the list, its role (None: an unknown tag), its tag and text."""
+    """A message: its place in the list, its role ("" for an unknown tag), its tag and text."""
 
     place: int
-    role: str | None
+    role: str
     tag: str
     text: str
 
@@ -106,19 +108,15 @@ def read_first_message(
     column, messages = _message_list(record, columns, location)
     tags = _tags_in_use(messages, tags)
     roles = _roles(tags)
-    head = [
-        _read_message(message, column, index, tags, roles, location)
-        for index, message in enumerate(messages[:2])
-    ]
-    _, said = _take_system(head, record, columns, location)
-    if not said:
-        raise RecordError(location, "empty text", f"{column!r} holds no message with text")
-    if not said[0].text:
-        raise RecordError(
-            location, "empty text", f"{column}[{said[0].place}] has no text to train on"
-        )
-    left_out = (LATER_MESSAGES,) if len(messages) > said[0].place + 1 else ()
-    return PlainText(said[0].text, location, left_out)
+    for index, message in enumerate(messages):
+        read = _read_message(message, column, index, tags, roles, location)
+        if index == 0 and read.role == "system":
+            continue
+        if not read.text:
+            raise RecordError(location, "empty text", f"{column}[{index}] has no text to train on")
+        left_out = (LATER_MESSAGES,) if len(messages) > index + 1 else ()
+        return PlainText(read.text, location, left_out)
+    raise RecordError(location, "empty text", f"{column!r} holds no message with text")
 
 
 def _message_list(
@@ -150,7 +148,12 @@ def _roles(tags: Tags) -> dict[str | None, str]:
 def _tags_in_use(messages: list[object], tags: Tags) -> Tags:
     """TAGS; OpenAI's own names where dataset_info.json gives none and the messages use them."""
     first = messages[0] if messages else None
-    if tags == Tags() and isinstance(first, dict) and "from" not in first and "role" in first:
+    if (
+        tags == _DEFAULT_TAGS
+        and isinstance(first, dict)
+        and "from" not in first
+        and "role" in first
+    ):
         return OPENAI_TAGS
     return tags
 
@@ -163,27 +166,36 @@ def _read_message(
     roles: dict[str | None, str],
     location: str,
 ) -> _Message:
-    tag = _read_tag(message, column, index, tags, location)
-    assert isinstance(message, dict)
-    text = message.get(tags.content_tag)
-    if not isinstance(text, str) or not text.isascii():
+    if not isinstance(message, dict):
+        raise _not_a_message(message, column, index, location)
+    tag: object = message.get(tags.role_tag)
+    text: object = message.get(tags.content_tag)
+    # The names for a message of an error are put together only when there is one.
+    if not (
+        isinstance(tag, str) and isinstance(text, str) and is_unicode(tag) and is_unicode(text)
+    ):
+        tag = _read_tag(message, column, index, tags, location)
         where = f"{column}[{index}]"
         _require_key(message, tags.content_tag, where, location)
         text = require_text(text, f"{where}.{tags.content_tag}", location)
-    return _Message(index, roles.get(tag), tag, text)
+    return _Message(index, roles.get(tag, ""), tag, text)
 
 
-def _read_tag(message: object, column: str, index: int, tags: Tags, location: str) -> str:
+def _not_a_message(message: object, column: str, index: int, location: str) -> RecordError:
+    return RecordError(
+        location,
+        "bad messages",
+        f"{column}[{index}] must be an object, got {type(message).__name__}",
+    )
+
+
+def _read_tag(message: dict[str, Any], column: str, index: int, tags: Tags, location: str) -> str:
     where = f"{column}[{index}]"
-    if not isinstance(message, dict):
-        raise RecordError(
-            location, "bad messages", f"{where} must be an object, got {type(message).__name__}"
-        )
     _require_key(message, tags.role_tag, where, location)
     return require_text(message[tags.role_tag], f"{where}.{tags.role_tag}", location)
 
 
-def _require_key(message: dict[str, Any], key: str | None, where: str, location: str) -> None:
+def _require_key(message: dict[str, Any], key: str, where: str, location: str) -> None:
     if key not in message:
         raise RecordError(
             location, "missing column", f"{where} has no {key!r}; it has {names_in(message)}"
@@ -270,8 +282,7 @@ def _pair_up(said: list[_Message], column: str, tags: Tags, location: str) -> tu
             "wrong role order",
             f"{column!r} ends with a {said[-1].role} message that nobody answers",
         )
-    # Every role here is one of the four: no unknown tag passed the check above.
     return tuple(
-        Turn(str(prompt.role), prompt.text, str(response.role), response.text)
+        Turn(prompt.role, prompt.text, response.role, response.text)
         for prompt, response in zip(said[::2], said[1::2], strict=True)
     )

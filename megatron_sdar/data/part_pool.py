@@ -76,6 +76,11 @@ def build_parts(
             executor.submit(_work, part, prefixes[index]): index for index, part in parts.items()
         }
         yield from _collect(futures, queue, on_progress)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process was killed (often for want of memory); the parts finished so far "
+            "are kept: run the same command again, with fewer workers"
+        ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -91,13 +96,7 @@ def _collect(
         while not queue.empty():
             on_progress(*queue.get())
         for future in sorted(done, key=lambda future: futures[future]):
-            try:
-                result = future.result()
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    "a worker process was killed (often for want of memory); the parts finished "
-                    "so far are kept: run the same command again, with fewer workers"
-                ) from error
+            result = future.result()
             if isinstance(result, str):
                 raise ValueError(result)
             yield futures[future], result

@@ -67,11 +67,11 @@ class ProcessesAhead:
         self._position = 0
 
     def take(self, position: int) -> list[Row]:
-        if self._iterator is None or position != self._position:
-            self.close()
-            self._iterator = self._start(position)
-            self._position = position
         try:
+            if self._iterator is None or position != self._position:
+                self.close()
+                self._iterator = self._start(position)
+                self._position = position
             rows = next(self._iterator)
         except RuntimeError as error:
             self.close()

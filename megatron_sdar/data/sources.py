@@ -28,6 +28,7 @@ from megatron_sdar.data.layouts import (
 from megatron_sdar.data.line_files import TEXT_COLUMN
 from megatron_sdar.data.records import RecordError, SkipReport
 from megatron_sdar.data.spans import data_suffix, read_file
+from megatron_sdar.data.streams import COMPRESSED_SUFFIXES
 
 __all__ = [
     "Columns",
@@ -43,7 +44,6 @@ __all__ = [
     "read_dataset_info",
     "read_document",
     "resolve_datasets",
-    "unseen_columns",
 ]
 
 ON_ERROR_MODES = ("raise", "skip")
@@ -82,7 +82,7 @@ def dataset_from_file(path: str | Path, stage: str = "sft") -> DatasetSpec:
     record = _first_record(file)
     layout = _detect_text(record) if stage == "pt" else _detect_layout(record)
     if layout is not None:
-        return DatasetSpec(file.name.split(".")[0] or file.name, files, layout)
+        return DatasetSpec(_name(file), files, layout)
     found = f"the first record has {', '.join(map(repr, record)) or 'no fields'}"
     hint = "text, " if stage == "pt" else ""
     remedy = "; plain text is for continued pretraining: set stage: pt"
@@ -93,12 +93,9 @@ def dataset_from_file(path: str | Path, stage: str = "sft") -> DatasetSpec:
     )
 
 
-def unseen_columns(spec: DatasetSpec, unseen: Sequence[str]) -> ValueError:
-    """The error of explicit columns of SPEC that no record had."""
-    return ValueError(
-        f"dataset {spec.name}: column {', '.join(map(repr, sorted(unseen)))} is in no record of "
-        f"{', '.join(map(str, spec.files))}; correct 'columns' in dataset_info.json"
-    )
+def _name(file: Path) -> str:
+    stem = file.with_suffix("") if file.suffix in COMPRESSED_SUFFIXES else file
+    return stem.stem
 
 
 def _first_record(file: Path) -> dict[str, Any]:

@@ -150,6 +150,8 @@ def _split_table(file: Path, kind: str, target_bytes: int) -> list[Span]:
     # A part's bytes are taken to be in proportion to its rows: enough for even spans.
     sizes = list(iter_sizes(kind, file))
     total_rows, total_bytes = sum(sizes), file.stat().st_size
+    if not total_rows:
+        return []
     spans: list[Span] = []
     start = first = row = 0
     for stop, size in enumerate(sizes, start=1):

@@ -36,8 +36,11 @@ def iter_sizes(kind: str, file: Path) -> Iterator[int]:
     with _naming_damage(file):
         if kind == "parquet":
             with _open_parquet(file) as table:
-                for group in range(table.num_row_groups):
-                    yield table.metadata.row_group(group).num_rows
+                groups = range(table.num_row_groups)
+                sizes = [table.metadata.row_group(group).num_rows for group in groups]
+                if sum(sizes) != table.metadata.num_rows or min(sizes, default=0) < 0:
+                    raise pa.ArrowInvalid("its row counts contradict each other")
+                yield from sizes
         elif kind == "arrow_file":
             with pa.OSFile(str(file)) as source:
                 reader = pa.ipc.open_file(source)
@@ -55,6 +58,8 @@ def read_table(
     for batch in _batches(kind, file, parts):
         for value in _values(batch):
             done = row - first_row
+            if done == num_rows:
+                raise _damage(file, f"it has more than the {num_rows} rows that its index says")
             length = num_bytes * (done + 1) // num_rows - num_bytes * done // num_rows
             location = f"{file}:{row}"
             if isinstance(value, Exception):
@@ -66,6 +71,15 @@ def read_table(
 
 
 def _batches(kind: str, file: Path, parts: range) -> Iterator[pa.RecordBatch]:
+    for batch in _raw_batches(kind, file, parts):
+        with _naming_damage(file):
+            names = batch.schema.names
+        if len(set(names)) != len(names):
+            raise _damage(file, f"two columns have one name: {', '.join(names)}")
+        yield batch
+
+
+def _raw_batches(kind: str, file: Path, parts: range) -> Iterator[pa.RecordBatch]:
     with _naming_damage(file):
         if kind == "parquet":
             with _open_parquet(file) as table:
@@ -97,8 +111,6 @@ def _stream_batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
     """The rows of BATCH as objects; of one that cannot be converted, why."""
-    if len(set(batch.schema.names)) != len(batch.schema.names):
-        raise pa.ArrowInvalid("two columns have one name")
     try:
         # Arrow itself trusts offsets within a batch; Python conversion would follow them.
         batch.validate(full=True)

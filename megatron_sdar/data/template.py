@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_sdar.data.conversations import Conversation, PlainText, Turn
+from megatron_sdar.data.chat_template import compile_chat_template, split_conversation
+from megatron_sdar.data.layouts import Conversation, PlainText, Turn
 from megatron_sdar.data.tokenizer import IM_END, SdarTokenizer
 from megatron_sdar.data.tool_calls import dump_json, parse_calls, parse_tools
 from megatron_sdar.diffusion.rows import IGNORED_LABEL
 
-TEMPLATES = ("qwen3", "qwen3_nothink")
+TEMPLATES = ("qwen3", "qwen3_nothink", "chat_template")
 LLAMAFACTORY_VERSIONS = ("0.9.4", "0.9.6")
 
 _THINK_OPEN = "<think>\n"
@@ -42,7 +43,7 @@ _TOOLS_TAIL = (
 class TemplateOptions:
     """How conversations are written and which tokens are trained on.
 
-    enable_thinking (qwen3 only): True adds an empty think block to an answer without one and
+    enable_thinking (qwen3): True adds an empty think block to an answer without one and
     trains on it; False removes thoughts and puts the empty block before the answer, untrained;
     None keeps answers and puts a missing block before them, untrained.
     mask_history: train on the last answer only. train_on_prompt: train on prompts too.
@@ -50,6 +51,8 @@ class TemplateOptions:
     fine-tuning code. "0.9.6" knows a thought by its tags alone (`<think>cot</think>out`), keeps
     the newlines between a thought and the call after it, and with mask_history leaves the
     thoughts of earlier answers out, as at inference.
+    chat_template, bos_token, eos_token: for template "chat_template" the Jinja text and what it
+    may write as these tokens; enable_thinking is then handed to it.
     """
 
     template: str = "qwen3"
@@ -58,6 +61,9 @@ class TemplateOptions:
     train_on_prompt: bool = False
     default_system: str | None = None
     llamafactory_version: str = "0.9.4"
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
@@ -74,6 +80,19 @@ class TemplateOptions:
                 f"llamafactory_version must be one of {', '.join(LLAMAFACTORY_VERSIONS)} (a "
                 f"string, in quotes), got {self.llamafactory_version!r}"
             )
+        if (self.template == "chat_template") != (self.chat_template is not None):
+            raise ValueError(
+                f"template is {self.template!r} and chat_template (its Jinja text) is "
+                f"{'missing' if self.chat_template is None else 'given'}: the text belongs to "
+                "template 'chat_template' and to no other"
+            )
+        if self.chat_template is not None:
+            written = compile_chat_template(self.chat_template).variables
+            if "eos_token" in written and self.eos_token is None:
+                raise ValueError(
+                    "the chat template writes eos_token, the end of an answer, and none is given; "
+                    "set eos_token in the tokenizer_config.json beside it"
+                )
 
 
 class Piece(NamedTuple):
@@ -99,7 +118,9 @@ def document_pieces(document: Conversation | PlainText, options: TemplateOptions
 
 
 def conversation_pieces(conversation: Conversation, options: TemplateOptions) -> list[Piece]:
-    """The strings of CONVERSATION in order. Raises RecordError for tools or calls not in JSON."""
+    """`document_pieces` of a conversation."""
+    if options.chat_template is not None:
+        return _chat_template_pieces(conversation, options, options.chat_template)
     pieces: list[Piece] = []
     train_prompt = options.train_on_prompt
     thinking = options.enable_thinking
@@ -136,6 +157,25 @@ def conversation_pieces(conversation: Conversation, options: TemplateOptions) ->
     return pieces
 
 
+def _chat_template_pieces(
+    conversation: Conversation, options: TemplateOptions, chat_template: str
+) -> list[Piece]:
+    texts = split_conversation(
+        conversation,
+        chat_template,
+        enable_thinking=options.enable_thinking,
+        default_system=options.default_system,
+        bos_token=options.bos_token,
+        eos_token=options.eos_token,
+    )
+    pieces = []
+    for index in range(0, len(texts), 2):
+        train_answer = not options.mask_history or index == len(texts) - 2
+        pieces.append(Piece(texts[index], options.train_on_prompt, False))
+        pieces.append(Piece(texts[index + 1], train_answer, True))
+    return pieces
+
+
 def piece_turns(pieces: Sequence[Piece], lengths: Sequence[int]) -> list[int]:
     """[s1, t1, s2, t2, ...]: tokens of the prompt and of the answer of each pair.
 
@@ -159,7 +199,7 @@ def encode_conversation(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(ids int32 [n], labels int32 [n]) of the whole document; label -100 is not trained."""
     pieces = document_pieces(conversation, options)
-    piece_ids = tokenizer.encode_batch([piece.text for piece in pieces])
+    piece_ids = tokenizer.encode_pieces([piece.text for piece in pieces])
     return join_pieces(piece_ids, [piece.trained for piece in pieces])
 
 

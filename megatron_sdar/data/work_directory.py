@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from megatron_sdar.data.part import PartReport, read_report, report_path
 
-_PLAN_NAME = "plan.json"
+_PLAN_NAME = "plan"
 
 
 class WorkDirectory:
@@ -57,6 +57,8 @@ class WorkDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and not list(self.path.glob("*.json")):
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
     def part_prefix(self, index: int) -> str:

@@ -131,10 +131,10 @@ def draw_noises(
         streams.words(_noise_stream(key, document_id, piece), 1 + length)
         for document_id, piece, length in zip(document_ids, pieces, lengths, strict=True)
     ]
-    draws = to_uniforms(np.concatenate(words))
-    firsts = np.cumsum([0, *lengths[:-1]]) + np.arange(len(lengths))
-    mask_probs = (1.0 - eps) * draws[firsts] + eps
-    masked = maskable & (np.delete(draws, firsts) < np.repeat(mask_probs, lengths))
+    t = to_uniforms(np.array([each[0] for each in words]))
+    mask_probs = (1.0 - eps) * t + eps
+    levels = to_uniforms(np.concatenate([each[1:] for each in words]))
+    masked = maskable & (levels < np.repeat(mask_probs, lengths))
     ends = np.cumsum(lengths).tolist()
     return [
         NoiseDraw(mask_prob, masked[end - length : end])

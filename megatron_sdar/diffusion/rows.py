@@ -238,4 +238,4 @@ def _starts(sizes: ArrayLike) -> NDArray[np.int64]:
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *parts])
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)

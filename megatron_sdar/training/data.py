@@ -15,7 +15,8 @@ import numpy as np
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import DataConfig, SdarConfig
 from megatron_sdar.data.blend import BlendSchedule
-from megatron_sdar.data.builder import BuildOptions, ensure_dataset
+from megatron_sdar.data.build_options import BuildOptions
+from megatron_sdar.data.builder import ensure_dataset
 from megatron_sdar.data.chat_template import load_chat_template
 from megatron_sdar.data.documents import DocumentStore, interleave_documents, split_documents
 from megatron_sdar.data.loader import RowLoader, RowOptions
@@ -100,9 +101,7 @@ def prepare_documents(
     )
 
 
-def pack(
-    config: SdarConfig, arch: Architecture, documents: TrainingDocuments
-) -> list[PackedIndex]:
+def pack(config: SdarConfig, arch: Architecture, documents: TrainingDocuments) -> list[PackedIndex]:
     """Assign the documents of every training store to rows; the same on every rank."""
     assert arch.block_size is not None, "validated"
     data = config.data

@@ -171,7 +171,7 @@ class TrainingRun:
             return checkpoint
         run_on_main(lambda: trim_log(self.output_dir, self.done), self.mesh)
         with self._reporting(total) as reporter:
-            logged_at = time.monotonic()
+            logged_at, waited = time.monotonic(), loader.wait_seconds
             while self.done < total:
                 lr = optim.learning_rate * lr_multiplier(
                     optim.lr_scheduler_type,
@@ -189,8 +189,10 @@ class TrainingRun:
                 if self.done % log_every == 0 or self.done == total:
                     now = time.monotonic()
                     if reporter is not None:
-                        reporter.log(self._record(result, lr, loader, now - logged_at))
-                    logged_at, self.interval = now, Interval()
+                        waiting = loader.wait_seconds - waited
+                        reporter.log(self._record(result, lr, loader, now - logged_at, waiting))
+                    logged_at, waited = now, loader.wait_seconds
+                    self.interval = Interval()
                 periodic = training.save_strategy == "steps" and self.done % save_every == 0
                 if periodic or self.done == total:
                     saving_at = time.monotonic()
@@ -220,7 +222,7 @@ class TrainingRun:
         return result
 
     def _record(
-        self, result: StepResult, lr: float, loader: RowLoader, seconds: float
+        self, result: StepResult, lr: float, loader: RowLoader, seconds: float, waiting: float
     ) -> StepRecord:
         steps = self.interval.steps
         positions = 2 * self.config.data.cutoff_len * loader.rows_per_step * steps
@@ -232,6 +234,7 @@ class TrainingRun:
             epoch=loader.epoch,
             label_tokens_per_s=self.interval.label_tokens / seconds,
             row_tokens_per_s=positions / seconds,
+            data_wait_share=waiting / seconds,
         )
 
     def _save(self, step: TrainingStep, loader: RowLoader) -> Path:

@@ -40,6 +40,7 @@ class StepRecord:
         epoch: passes over the data after this step.
         label_tokens_per_s: answer tokens trained per second.
         row_tokens_per_s: all positions computed per second, noisy, clean and padding.
+        data_wait_share: fraction of the time spent waiting for rows.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepRecord:
     epoch: float
     label_tokens_per_s: float
     row_tokens_per_s: float
+    data_wait_share: float
 
 
 def trim_log(output_dir: Path, start_step: int) -> None:
@@ -138,6 +140,7 @@ class Reporter:
             "remaining_time": _clock(remaining),
             "label_tokens_per_s": round(record.label_tokens_per_s, 1),
             "row_tokens_per_s": round(record.row_tokens_per_s, 1),
+            "data_wait_share": round(record.data_wait_share, 6),
         }
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()

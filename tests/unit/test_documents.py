@@ -191,7 +191,11 @@ def test_random_mixing_follows_the_probabilities_and_the_seed() -> None:
     sizes, probs = [50_000, 50_000, 50_000], [0.7, 0.1, 0.2]
     ids = interleave_documents(sizes, "interleave_over", probs, seed=1)
     assert len(ids) > 3 * 2**16, "the test must need several rounds of draws"
-    shares = np.bincount(ids % 150_000 // 50_000) / len(ids)
+    sources = ids % 150_000 // 50_000
+    assert (sources[: 2**16] != sources[2**16 : 2**17]).mean() > 0.3, (
+        "rounds have draws of their own"
+    )
+    shares = np.bincount(sources) / len(ids)
     assert np.abs(shares - probs).max() < 0.005
     shorter = interleave_documents([10, 10], "interleave_under", [0.5, 0.5], seed=1)
     assert shorter.tolist() == [10, 11, 12, 13, 14, 15, 16, 0, 1, 17, 18, 2, 19]
@@ -200,6 +204,11 @@ def test_random_mixing_follows_the_probabilities_and_the_seed() -> None:
         for seed in range(10)
     }
     assert len(others) == 10
+
+
+def test_undersampling_ends_with_the_first_dataset_however_rare_another_is() -> None:
+    ids = interleave_documents([5, 5], "interleave_under", [1e-15, 1 - 1e-15], seed=0)
+    assert ids.tolist() == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(

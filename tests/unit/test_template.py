@@ -5,46 +5,32 @@ trained in the test, so they run without the Qwen3 files.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from unit.golden_sft import golden, read_case, require_golden, require_qwen3, template_options
 
+from megatron_sdar.data.conversations import Conversation, PlainText, Turn
 from megatron_sdar.data.demo import train_tokenizer
 from megatron_sdar.data.packing import pad_to_block
-from megatron_sdar.data.sources import (
-    Conversation,
-    RecordError,
-    Turn,
-    iter_conversations,
-    read_dataset_info,
-)
+from megatron_sdar.data.records import RecordError
 from megatron_sdar.data.template import (
+    Piece,
     TemplateOptions,
-    conversation_pieces,
+    document_pieces,
     encode_conversation,
     join_pieces,
+    piece_turns,
 )
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.tokenizer import SdarTokenizer
 
-SHARED = Path(__file__).parents[3] / "shared"
-GOLDEN = SHARED / "data" / "golden" / "sft.json"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def golden_cases() -> list[dict]:
-    if not GOLDEN.is_file():
-        return []
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    return golden["cases"] + golden["extra_cases"]
-
-
 @pytest.fixture(scope="module")
 def qwen3() -> SdarTokenizer:
-    if not (SHARED / "tokenizer" / "qwen3").is_dir():
-        pytest.skip("the Qwen3 tokenizer is not beside the repository")
-    return load_tokenizer(SHARED / "tokenizer" / "qwen3")
+    return require_qwen3()
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +44,21 @@ def chat(*answers: str, system: str = "", tools: str = "", role: str = "assistan
 
 
 def texts(conversation: Conversation, **options) -> list[tuple[str, bool]]:
-    return [tuple(p) for p in conversation_pieces(conversation, TemplateOptions(**options))]
+    pieces = document_pieces(conversation, TemplateOptions(**options))
+    return [(piece.text, piece.trained) for piece in pieces]
 
 
 # Golden vectors
 
 
 def test_golden_vectors_are_there():
-    if not GOLDEN.is_file():
-        pytest.skip("the golden vectors are not beside the repository")
-    assert len(golden_cases()) >= 13
+    assert {"cases", "extra_cases"} <= require_golden().keys()
+    assert len(golden("cases", "extra_cases")) >= 13
 
 
-@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", golden("cases", "extra_cases"), ids=lambda case: case["name"])
 def test_golden_vector(case, qwen3, tmp_path):
-    info = case["dataset_info"]
-    (tmp_path / info["file_name"]).write_text(json.dumps([case["data_row"]]))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({case["name"]: info}))
-    (spec,) = read_dataset_info(tmp_path, [case["name"]])
-    (conversation,) = iter_conversations(spec)
+    conversation = read_case(case, tmp_path)
 
     aligned = case["aligned"]
     said = [(m["role"], m["content"]) for m in aligned["_prompt"] + aligned["_response"]]
@@ -84,8 +66,7 @@ def test_golden_vector(case, qwen3, tmp_path):
     assert ours == said
     assert (conversation.system, conversation.tools) == (aligned["_system"], aligned["_tools"])
 
-    options = {k: v for k, v in case["options"].items() if k != "block_length"}
-    template = TemplateOptions(template=case["template"], **options)
+    template = template_options(case)
     ids, labels = encode_conversation(qwen3, conversation, template)
     ids, labels = pad_to_block(ids, labels, case["block_length"], qwen3.pad_token_id)
     assert ids.tolist() == case["input_ids"]
@@ -165,7 +146,7 @@ def test_join_pieces_labels_only_trained_pieces(small):
 def test_pieces_are_tokenised_apart(small):
     conversation = chat("\nb")
     ids, _ = encode_conversation(small, conversation, TemplateOptions())
-    pieces = [piece.text for piece in conversation_pieces(conversation, TemplateOptions())]
+    pieces = [piece.text for piece in document_pieces(conversation, TemplateOptions())]
     assert ids.tolist() == [i for text in pieces for i in small.encode(text)]
     assert small.decode(ids.tolist()) == "".join(pieces)
 
@@ -193,7 +174,7 @@ def test_tools_are_wrapped_once():
 @pytest.mark.parametrize("tools", ["{}", "[3]", "nonsense", '"text"', "[" * 100_000])
 def test_bad_tools_are_refused(tools):
     with pytest.raises(RecordError, match=r"data\.jsonl:7: bad tools: "):
-        conversation_pieces(chat("a", tools=tools), TemplateOptions())
+        document_pieces(chat("a", tools=tools), TemplateOptions())
 
 
 def test_function_calls_are_written_as_tool_calls():
@@ -233,22 +214,72 @@ def test_observation_is_wrapped():
 )
 def test_bad_calls_are_refused(content, message):
     with pytest.raises(RecordError, match=f"data.jsonl:7: {message}"):
-        conversation_pieces(chat(content, role="function"), TemplateOptions())
+        document_pieces(chat(content, role="function"), TemplateOptions())
 
 
 def test_lone_surrogate_in_tools_is_refused():
     with pytest.raises(RecordError, match="invalid unicode: 'tools'"):
-        conversation_pieces(chat("a", tools=r'[{"name": "\udc00"}]'), TemplateOptions())
+        document_pieces(chat("a", tools=r'[{"name": "\udc00"}]'), TemplateOptions())
+
+
+# Turns and plain text
+
+
+def test_plain_text_is_one_trained_piece(small):
+    options = TemplateOptions(enable_thinking=False, mask_history=True, default_system="S")
+    pieces = document_pieces(PlainText("one\ntwo <|im_end|>"), options)
+    assert pieces == [Piece("one\ntwo <|im_end|><|im_end|>", trained=True, answer=True)]
+    ids, labels = encode_conversation(small, PlainText("one"), options)
+    assert ids.tolist() == labels.tolist() == [*small.encode("one"), small.eos_token_id]
+    assert piece_turns(pieces, [7]) == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "expected"),
+    [(True, [11, 101, 1, 101]), (None, [111, 1, 101, 1]), (False, [111, 1, 101, 1])],
+)
+def test_turns_count_the_thought_on_its_side(thinking, expected):
+    pieces = document_pieces(chat("a", "b", system="s"), TemplateOptions(enable_thinking=thinking))
+    sizes = {"<|im_start|>system\ns<|im_end|>\n": 10, EMPTY_THINK: 100}
+    assert piece_turns(pieces, [sizes.get(piece.text, 1) for piece in pieces]) == expected
+
+
+def test_turns_cover_the_document_whatever_is_trained(small):
+    for options in (TemplateOptions(mask_history=True), TemplateOptions(train_on_prompt=True)):
+        pieces = document_pieces(chat("a", "b", "c", system="s"), options)
+        lengths = [len(small.encode(piece.text)) for piece in pieces]
+        turns = piece_turns(pieces, lengths)
+        assert len(turns) == 6
+        assert sum(turns) == sum(lengths)
+
+
+def test_turns_without_tokens_keep_their_place():
+    pieces = [Piece("a", True, True), Piece("p", False, False), Piece("b", True, True)]
+    assert piece_turns(pieces, [0, 2, 0]) == [0, 0, 2, 0]
+    with pytest.raises(ValueError, match="shorter"):
+        piece_turns(pieces, [1])
 
 
 # Options
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="one of qwen3, qwen3_nothink, got 'llama'"):
+    with pytest.raises(ValueError, match="one of qwen3, qwen3_nothink, chat_template, got 'llama'"):
         TemplateOptions(template="llama")
     with pytest.raises(ValueError, match="mask_history and train_on_prompt are both true"):
         TemplateOptions(mask_history=True, train_on_prompt=True)
+    with pytest.raises(
+        ValueError, match=r"one of 0\.9\.4, 0\.9\.6 \(a string, in quotes\), got 0\.9"
+    ):
+        TemplateOptions(llamafactory_version=0.9)
+    with pytest.raises(ValueError, match=r"'chat_template' and chat_template .* is missing"):
+        TemplateOptions(template="chat_template")
+    with pytest.raises(ValueError, match=r"'qwen3' and chat_template .* is given"):
+        TemplateOptions(chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match="cannot be used: line 2: "):
+        TemplateOptions(template="chat_template", chat_template="\n{% if %}")
+    with pytest.raises(ValueError, match=r"writes eos_token, .* and none is given"):
+        TemplateOptions(template="chat_template", chat_template="{{ eos_token }}")
 
 
 # Block padding

@@ -1,6 +1,7 @@
-"""Token files: golden bytes of Megatron-LM's writer, round trips, damage of every kind."""
+"""Token files: golden bytes of Megatron-LM's writer, round trips, size, concatenation."""
 
 import hashlib
+import resource
 import struct
 import tempfile
 from itertools import pairwise
@@ -10,42 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.indexed_files import GOLDEN_IDX, write_golden, write_plain
 
-from megatron_sdar.data.tokens import IndexedDataset, IndexedWriter, token_dtype
-
-GOLDEN_IDX = bytes.fromhex(
-    "4d4d49444944580000"
-    "0100000000000000"
-    "04"
-    "0300000000000000"
-    "0400000000000000"
-    "04000000"
-    "02000000"
-    "03000000"
-    "0000000000000000"
-    "1000000000000000"
-    "1800000000000000"
-    "0000000000000000"
-    "0100000000000000"
-    "0100000000000000"
-    "0300000000000000"
-)
-
-
-def write_golden(prefix: Path) -> None:
-    with IndexedWriter(prefix, np.int32) as writer:
-        writer.add_sequence([1, 2, 3, 151669])
-        writer.end_document()
-        writer.end_document()
-        writer.add_sequence([10, 11])
-        writer.add_sequence([12, 13, 14])
-        writer.end_document()
-
-
-def write_plain(prefix: Path, documents=((1, 2), (3,)), dtype=np.int32) -> None:
-    with IndexedWriter(prefix, dtype) as writer:
-        for tokens in documents:
-            writer.add_documents(np.asarray(tokens, dtype=dtype), [len(tokens)])
+from megatron_sdar.data.indexed import IndexedDataset, token_dtype
+from megatron_sdar.data.indexed_writer import IndexedWriter, concatenate
 
 
 def test_golden_bytes(tmp_path):
@@ -115,7 +84,6 @@ def test_batches_equal_single_documents(tmp_path):
     write_plain(tmp_path / "one", ((1, 2), (), (3, 4, 5)))
     with IndexedWriter(tmp_path / "two", np.int32) as writer:
         writer.add_documents([1, 2, 3, 4, 5], [2, 0, 3])
-        assert writer.lengths.tolist() == [2, 0, 3]
     for suffix in (".bin", ".idx"):
         one, two = (Path(f"{tmp_path / name}{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two
@@ -217,99 +185,77 @@ def test_sequence_beyond_the_format_is_refused(tmp_path):
         writer.add_sequence(huge)
 
 
-# Damage
+# Size
 
 
-def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match=r"p\.bin: no such file; .* must be the prefix"):
-        IndexedDataset(tmp_path / "p")
-    (tmp_path / "p.bin").touch()
-    with pytest.raises(ValueError, match=r"p\.idx: no such file"):
-        IndexedDataset(tmp_path / "p")
+def test_a_hundred_million_documents_open_at_once(tmp_path):
+    """An index of 2 GB, sparse on disk: opening reads its ends only, and copies nothing."""
+    number = 100_000_000
+    lengths, pointers, ends = 34, 34 + 4 * number, 34 + 12 * number
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, number, number + 1)
+    with (tmp_path / "b.idx").open("wb") as stream:
+        stream.truncate(ends + 8 * (number + 1))
+        for offset, value in (
+            (0, header),
+            (lengths + 4 * (number - 1), struct.pack("<i", 3)),
+            (ends + 8 * number, struct.pack("<q", number)),
+        ):
+            stream.seek(offset)
+            stream.write(value)
+        # Documents before the last two are empty; the last but one has 5 tokens.
+        stream.seek(lengths + 4 * (number - 2))
+        stream.write(struct.pack("<i", 5))
+        stream.seek(pointers + 8 * (number - 1))
+        stream.write(struct.pack("<q", 20))
+    (tmp_path / "b.bin").write_bytes(np.arange(8, dtype="<i4").tobytes())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dataset = IndexedDataset(tmp_path / "b")
+    assert len(dataset) == number
+    assert dataset[number - 1].tolist() == [5, 6, 7]
+    assert dataset[number - 2].tolist() == [0, 1, 2, 3, 4]
+    assert dataset[0].size == 0
+    assert not dataset[number - 1].flags.owndata, "a sequence must be a view of the file"
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 4096, "opening must not read the index"
 
 
-def damage(prefix: Path, offset: int, new: bytes) -> None:
-    file = Path(f"{prefix}.idx")
-    content = bytearray(file.read_bytes())
-    content[offset : offset + len(new)] = new
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("offset", "new", "message"),
-    [
-        (0, b"X", "not an index file"),
-        (9, struct.pack("<Q", 2), "index version 2 is not supported"),
-        (17, b"\x00", "unknown dtype code 0"),
-        (17, b"\x09", "unknown dtype code 9"),
-        (17, b"\x05", "does not begin where the one before ends"),
-        (18, struct.pack("<Q", 4), "4 sequences and 4 document indices need"),
-        (18, struct.pack("<Q", 2**64 - 1), "need 221360928884514619446 bytes"),
-        (26, struct.pack("<Q", 2**63), "document indices need"),
-        (34, struct.pack("<i", -4), "sequence 0 has a negative length"),
-        (34, struct.pack("<i", 5), "sequence 1 does not begin"),
-        (46, struct.pack("<q", 4), "sequence 0 does not begin"),
-        (54, struct.pack("<q", 2**62), "sequence 1 does not begin"),
-        (42, struct.pack("<i", 4), r"g\.bin: 36 bytes, but g\.idx describes 40"),
-        (70, struct.pack("<q", 1), "must run from 0 to 3"),
-        (94, struct.pack("<q", 2), "must run from 0 to 3"),
-        (78, struct.pack("<q", 2), "document indices go backwards"),
-    ],
-)
-def test_damaged_index(tmp_path, offset, new, message):
-    write_golden(tmp_path / "g")
-    damage(tmp_path / "g", offset, new)
-    with pytest.raises(ValueError, match=message) as caught:
-        IndexedDataset(tmp_path / "g")
-    assert str(tmp_path / "g.") in str(caught.value)
-
-
-def test_index_without_document_indices(tmp_path):
-    write_plain(tmp_path / "p", ())
-    file = tmp_path / "p.idx"
-    file.write_bytes(file.read_bytes()[:26] + bytes(8))
-    with pytest.raises(ValueError, match="must run from 0 to 0"):
-        IndexedDataset(tmp_path / "p")
-
-
-def test_multimodal_modes_are_refused(tmp_path):
-    write_golden(tmp_path / "g")
-    with (tmp_path / "g.idx").open("ab") as stream:
-        stream.write(bytes(3))
-    with pytest.raises(ValueError, match="multimodal modes"):
-        IndexedDataset(tmp_path / "g")
-
-
-@pytest.mark.parametrize("size", range(102))
-def test_index_cut_short(tmp_path, size):
-    write_golden(tmp_path / "g")
-    (tmp_path / "g.idx").write_bytes(GOLDEN_IDX[:size])
-    with pytest.raises(ValueError, match=r"g\.idx: .*build it again"):
-        IndexedDataset(tmp_path / "g")
-
-
-@pytest.mark.parametrize("size", [0, 1, 35, 37])
-def test_bin_of_the_wrong_size(tmp_path, size):
-    write_golden(tmp_path / "g")
-    (tmp_path / "g.bin").write_bytes(bytes(size))
-    with pytest.raises(ValueError, match=rf"g\.bin: {size} bytes, .* describes 36; .*again"):
-        IndexedDataset(tmp_path / "g")
+# Concatenation
 
 
 @given(
-    changes=st.lists(st.tuples(st.integers(0, 101), st.integers(0, 255)), min_size=1, max_size=4)
+    parts=st.lists(
+        st.lists(st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=3), max_size=3),
+        min_size=1,
+        max_size=4,
+    )
 )
-@settings(max_examples=300, deadline=None)
-def test_any_changed_bytes_give_a_value_error_or_the_same_shape(changes):
+@settings(max_examples=60, deadline=None)
+def test_concatenated_parts_are_the_bytes_of_one_writer(parts):
     with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "g"
-        write_golden(prefix)
-        for offset, value in changes:
-            damage(prefix, offset, bytes([value]))
-        try:
-            dataset = IndexedDataset(prefix)
-        except ValueError:
-            return
-        # Only changes that keep the file consistent get here; every token is still readable.
-        total = sum(dataset[i].size for i in range(len(dataset)))
-        assert total * dataset.dtype.itemsize == 36
+        prefixes = [Path(folder) / f"part{i}" for i in range(len(parts))]
+        whole = IndexedWriter(Path(folder) / "whole", np.int32)
+        for prefix, documents in zip(prefixes, parts, strict=True):
+            with IndexedWriter(prefix, np.int32) as writer:
+                for document in documents:
+                    for target in (writer, whole):
+                        for sequence in document:
+                            target.add_sequence(np.array(sequence, dtype=np.int32))
+                        target.end_document()
+        whole.finalize()
+        concatenate(prefixes, Path(folder) / "joined", np.int32)
+        for suffix in (".bin", ".idx"):
+            joined = Path(folder, "joined").with_suffix(suffix).read_bytes()
+            assert joined == Path(folder, "whole").with_suffix(suffix).read_bytes()
+
+
+def test_concatenation_refuses_what_it_cannot_join(tmp_path):
+    write_plain(tmp_path / "a")
+    write_plain(tmp_path / "b", dtype=np.uint16)
+    with pytest.raises(ValueError, match=r"b\.idx: dtype uint16, expected int32"):
+        concatenate([tmp_path / "a", tmp_path / "b"], tmp_path / "c", np.int32)
+    concatenate([tmp_path / "a"], tmp_path / "c", np.int32)
+    with pytest.raises(ValueError, match="exists already"):
+        concatenate([tmp_path / "a"], tmp_path / "c", np.int32)
+    concatenate([tmp_path / "a", tmp_path / "a"], tmp_path / "c", np.int32, overwrite=True)
+    assert len(IndexedDataset(tmp_path / "c")) == 4
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,29 @@
+"""Demo data and its tokenizer, made once for all tests that build token files."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sdar.data.demo import make_demo_data
+from megatron_sdar.data.sources import DatasetSpec, dataset_from_file
+from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo_data(folder, 300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo) -> SdarTokenizer:
+    return load_tokenizer(demo / "model")
+
+
+@pytest.fixture
+def spec(demo, tmp_path) -> DatasetSpec:
+    """The first 20 documents, in a file of the test's own."""
+    lines = (demo / "train.jsonl").read_text().splitlines(keepends=True)[:20]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    return dataset_from_file(tmp_path / "train.jsonl")
