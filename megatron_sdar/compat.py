@@ -71,12 +71,12 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "label_smoothing_factor": ((0,), "label smoothing is not available, remove it"),
     "torch_compile": ((), "it is not available, remove it"),
     "resize_vocab": ((), "the vocabulary is the model's, padded by make_vocab_size_divisible_by"),
-    "pref_*": ((), "only supervised fine-tuning is available, set stage: sft"),
-    "dpo_*": ((), "only supervised fine-tuning is available, set stage: sft"),
-    "kto_*": ((), "only supervised fine-tuning is available, set stage: sft"),
-    "ppo_*": ((), "only supervised fine-tuning is available, set stage: sft"),
-    "reward_model*": ((), "only supervised fine-tuning is available, set stage: sft"),
-    "ref_model*": ((), "only supervised fine-tuning is available, set stage: sft"),
+    "pref_*": ((), "only stage sft and pt are available, remove it"),
+    "dpo_*": ((), "only stage sft and pt are available, remove it"),
+    "kto_*": ((), "only stage sft and pt are available, remove it"),
+    "ppo_*": ((), "only stage sft and pt are available, remove it"),
+    "reward_model*": ((), "only stage sft and pt are available, remove it"),
+    "ref_model*": ((), "only stage sft and pt are available, remove it"),
 }
 
 _ZERO_STRATEGIES = {

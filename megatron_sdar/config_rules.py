@@ -11,10 +11,12 @@ from math import lcm
 from megatron_sdar.architecture import Architecture, padded_vocab_size
 from megatron_sdar.config_fields import (
     SECTION_TYPES,
+    DataConfig,
     ParallelConfig,
     SdarConfig,
     value_problem,
 )
+from megatron_sdar.config_weights import parse_blend, parse_numbers
 
 
 def validate(config: SdarConfig, architecture: Architecture, world_size: int) -> None:
@@ -107,6 +109,7 @@ def _mixture(config: SdarConfig) -> Iterator[str]:
             "mix_strategy: blend and blend_weights go together, "
             f"found mix_strategy={data.mix_strategy} and blend_weights={data.blend_weights}"
         )
+    yield from _weights(data, number)
     if data.mix_strategy == "blend" and config.training.max_steps <= 0:
         yield "mix_strategy=blend repeats each dataset as often as needed; set max_steps"
     if data.val_size > 1 and data.val_size % 1:
@@ -115,6 +118,25 @@ def _mixture(config: SdarConfig) -> Iterator[str]:
         yield "packing_algorithm=llamafactory knows truncate_mode cut and drop only, not split"
     if data.packing_algorithm == "llamafactory" and config.training.stage == "pt":
         yield "packing_algorithm=llamafactory is for stage sft; the published pt stage cannot run"
+
+
+def _weights(data: DataConfig, number: int) -> Iterator[str]:
+    try:
+        given = {
+            "interleave_probs": [parse_numbers("interleave_probs", data.interleave_probs)]
+            if data.interleave_probs is not None
+            else [],
+            "blend_weights": [weights for _, weights in parse_blend(data.blend_weights)]
+            if data.blend_weights is not None
+            else [],
+        }
+    except ValueError as error:
+        yield str(error)
+        return
+    for key, lists in given.items():
+        for weights in lists:
+            if len(weights) != number:
+                yield f"{key}: {weights} are {len(weights)} weights for {number} datasets"
 
 
 def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator[str]:

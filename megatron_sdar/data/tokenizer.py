@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 
+from megatron_sdar.data.byte_level_bpe import byte_characters
 from megatron_sdar.data.fast_tokenizer import (
     FastEncoder,
     build_fast_encoder,
@@ -128,6 +129,19 @@ class SdarTokenizer:
         """Text of IDS; SKIP_SPECIAL leaves special tokens out."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; of a byte-level vocabulary perhaps a part of a character."""
+        token: str | None = self._backend.id_to_token(token_id)
+        added = self._backend.get_added_tokens_decoder()
+        if (
+            token is None
+            or token_id in added
+            or not isinstance(self._backend.decoder, decoders.ByteLevel)
+        ):
+            return self.decode([token_id]).encode()
+        characters = byte_characters()
+        return bytes(characters[char] for char in token)
 
     def token_to_id(self, token: str) -> int | None:
         """Id of one token string, None when there is none."""

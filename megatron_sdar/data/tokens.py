@@ -65,8 +65,8 @@ class TokenizedDataset:
                 if not np.array_equal(chunk, np.arange(first, first + len(chunk))):
                     raise self._mismatch(f"{part.prefix}.idx: not one sequence per document")
         for first in range(0, len(self), _CHUNK):
-            chunk = slice(first, first + _CHUNK)
-            if not np.array_equal(self._tokens.lengths[chunk], self._labels.lengths[chunk]):
+            span = slice(first, first + _CHUNK)
+            if not np.array_equal(self._tokens.lengths[span], self._labels.lengths[span]):
                 raise self._mismatch("tokens and labels differ in length")
 
     def get(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

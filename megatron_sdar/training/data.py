@@ -7,13 +7,14 @@ Order: token files (made on rank 0 when datasets are named), which documents of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import DataConfig, SdarConfig
+from megatron_sdar.config_weights import parse_blend, parse_numbers
 from megatron_sdar.data.blend import BlendSchedule
 from megatron_sdar.data.build_options import BuildOptions
 from megatron_sdar.data.builder import ensure_dataset
@@ -162,9 +163,13 @@ def make_loader(
     assert arch.block_size is not None, "validated"
     assert arch.mask_token_id is not None, "validated"
     data, training = config.data, config.training
+    schedule = None
     rows_per_step = (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * mesh.dp_size
     )
+    if data.blend_weights is not None:
+        segments = parse_blend(data.blend_weights)
+        schedule = BlendSchedule([(step * rows_per_step, weights) for step, weights in segments])
     return RowLoader(
         documents.train,
         indexes,
@@ -182,31 +187,10 @@ def make_loader(
         num_micro_batches=training.gradient_accumulation_steps,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
-        schedule=blend_schedule(data, rows_per_step) if data.mix_strategy == "blend" else None,
+        schedule=schedule,
         num_workers=data.dataloader_num_workers,
         prefetch=True,
     )
-
-
-def blend_schedule(data: DataConfig, rows_per_step: int) -> BlendSchedule:
-    """The weights of `blend_weights`, whose steps become rows of the stream.
-
-    Raises:
-        ValueError: text that is not of the form `0.7,0.3; 0.5,0.5 @1000`.
-    """
-    segments = []
-    for text in (data.blend_weights or "").split(";"):
-        weights, _, step = text.partition("@")
-        try:
-            values = [float(weight) for weight in weights.split(",")]
-            first = int(step) if step.strip() else 0
-        except ValueError as error:
-            raise ValueError(
-                f"blend_weights: {text.strip()!r} is not of the form 0.7,0.3 or 0.7,0.3 @1000 "
-                "(weights, then the step they begin at)"
-            ) from error
-        segments.append((first * rows_per_step, values))
-    return BlendSchedule(segments)
 
 
 def _choose(
@@ -230,17 +214,10 @@ def _choose(
     if data.mix_strategy != "concat":
         probs = None
         if data.interleave_probs is not None:
-            probs = _numbers("interleave_probs", data.interleave_probs)
+            probs = parse_numbers("interleave_probs", data.interleave_probs)
         mixed = interleave_documents([len(i) for i in chosen], data.mix_strategy, probs, seed)
         return (store.select(ids[mixed % len(ids)] + mixed // len(ids) * store.total),), validation
     return (store if validation is None else store.select(ids),), validation
-
-
-def _numbers(key: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{key}: {text!r} is not a list of numbers such as 0.7,0.3") from error
 
 
 def _is_plain_text(recipe: Recipe) -> bool:
@@ -256,11 +233,12 @@ def _check_recipe(prefix: str, config: SdarConfig) -> None:
     recipe = read_metadata(prefix).recipe
     defaults = DataConfig()
     found = {**recipe.template, "max_samples": recipe.max_samples}
-    del found["chat_template"]
+    # The template's text and tokens come from the tokenizer, not from keys.
+    keys = [key.name for key in fields(data) if key.name in found]
     problems = [
-        f"{key} is {getattr(data, key)!r}, the files were made with {was!r}"
-        for key, was in found.items()
-        if getattr(data, key) not in (was, getattr(defaults, key))
+        f"{key} is {getattr(data, key)!r}, the files were made with {found[key]!r}"
+        for key in keys
+        if getattr(data, key) not in (found[key], getattr(defaults, key))
     ]
     if config.training.stage == "pt" and not _is_plain_text(recipe):
         problems.append("stage is 'pt', the files hold conversations")

@@ -114,8 +114,10 @@ class TrainingRun:
             self._resume(resume, step, loader)
         total = total_steps(self.config, loader)
         self.say(self._describe(loader, total))
-        last_checkpoint = self._train(step, loader, total, resume)
-        loader.close()
+        try:
+            last_checkpoint = self._train(step, loader, total, resume)
+        finally:
+            loader.close()
         if training.export_hf:
             run_on_main(lambda: self._export(last_checkpoint), self.mesh)
         if training.plot_loss:

@@ -54,7 +54,7 @@ def test_defaults_are_llama_factorys(load: Load) -> None:
     assert config.optim.learning_rate == 5e-5
     assert config.optim.lr_scheduler_type == "linear"
     assert config.data.cutoff_len == 2048
-    assert config.data.truncate_mode == "cut"
+    assert config.data.truncate_mode is None
     assert config.data.enable_thinking is True
     assert config.training.recompute_granularity == "full"
     assert config.parallel.data_parallel_sharding_strategy == "optim_grads"
@@ -158,7 +158,7 @@ def test_wrong_type_names_line_key_value_and_type(load: Load, line: str, message
         ("num_layers_per_pipeline_stage: [2, 0]", "0 is out of range; it must be at least 1"),
         ("template: llama3", "template: llama3 is not supported; use qwen3 or qwen3_nothink"),
         ("lr_scheduler_type: step", "lr_scheduler_type: step is not supported; use constant or"),
-        ("stage: dpo", "stage: dpo is not supported; use sft; only supervised"),
+        ("stage: dpo", "stage: dpo is not supported; use sft or pt; reward models"),
         ("finetuning_type: lora", "finetuning_type: lora is not supported; use full; every"),
         ("do_train: false", "do_train: false is not supported; use true; this program only"),
         ("context_parallel_size: 2", "context parallelism is not available yet"),
@@ -490,7 +490,7 @@ def test_description_lists_every_key_with_its_default(load: Load) -> None:
             shown = "(required)" if key.name in ("model_name_or_path", "output_dir") else "= "
             assert f"\n  {key.name} {shown}" in text
     assert "\n  learning_rate = 5e-05 " in text
-    assert "(cut | drop)" in " ".join(text.split())
+    assert "(cut | drop | split)" in " ".join(text.split())
     assert all(f"\n  {key}: " in text for key in IGNORED)
 
 
@@ -580,6 +580,29 @@ def test_what_fits_passes(load: Load) -> None:
         ("logging_steps: 1.5", {}, 1, "logging_steps=1.5 must be a whole number of steps"),
         ("logging_steps: 0.5\nsave_steps: 1.0", {}, 1, ""),
         ("cutoff_len: 4096", {}, 1, ""),
+        ("mix_strategy: interleave_under", {}, 1, "needs several datasets, 1 is given"),
+        ("dataset: a,b\nmix_strategy: interleave_over\ninterleave_probs: 0.5,0.5", {}, 1, ""),
+        ("dataset: a,b\ninterleave_probs: 0.5,0.5", {}, 1, "with mix_strategy=concat; set mix_st"),
+        ("dataset: a,b\nmix_strategy: interleave_over\ninterleave_probs: half", {}, 1,
+         "interleave_probs: 'half' is not a list of numbers such as 0.7,0.3"),
+        ("dataset: a,b\nmix_strategy: interleave_over\ninterleave_probs: 0.5,0.3,0.2", {}, 1,
+         "interleave_probs: [0.5, 0.3, 0.2] are 3 weights for 2 datasets"),
+        ("dataset: a,b\nmix_strategy: blend\nmax_steps: 9", {}, 1,
+         "blend and blend_weights go together, found mix_strategy=blend and blend_weights=None"),
+        ("dataset: a,b\nblend_weights: 1,1", {}, 1, "found mix_strategy=concat and blend_weights"),
+        ("dataset: a,b\nmix_strategy: blend\nblend_weights: 1,1", {}, 1, "set max_steps"),
+        ("dataset: a,b\nmix_strategy: blend\nmax_steps: 9\nblend_weights: 3,1; 1,1 @5", {}, 1,
+         ""),
+        ("dataset: a,b\nmix_strategy: blend\nmax_steps: 9\nblend_weights: 3,1; 1 @5", {}, 1,
+         "blend_weights: [1.0] are 1 weights for 2 datasets"),
+        ("dataset: a,b\nmix_strategy: blend\nmax_steps: 9\nblend_weights: 3,1; 1,1 @x", {}, 1,
+         "'1,1 @x' must end in the step its weights begin at"),
+        ("dataset: a,b\nmix_strategy: blend\nmax_steps: 9\nblend_weights: 3,1; 1,1", {}, 1,
+         "the weights begin at steps [0, 0]; the first must begin at 0"),
+        ("val_size: 2.5", {}, 1, "val_size=2.5 must be a whole number of documents"),
+        ("val_size: 0.1", {}, 1, ""),
+        ("packing_algorithm: llamafactory\ntruncate_mode: split", {}, 1, "not split"),
+        ("packing_algorithm: llamafactory\nstage: pt", {}, 1, "the published pt stage cannot run"),
         ("cutoff_len: 4100", {}, 1, "cutoff_len=4100 exceeds the model's max_position_embeddings"),
     ],
 )  # fmt: skip
@@ -615,7 +638,7 @@ def test_values_set_in_code_are_checked_too(load: Load) -> None:
     )
     found = violations(config)
     assert len(found) == 4
-    assert "truncate_mode: squeeze is not supported; use cut or drop" in found
+    assert "truncate_mode: squeeze is not supported; use cut or drop or split" in found
 
 
 def test_shipped_configs_fit_the_models_they_name() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sdar.data.conversations import read_document
 from megatron_sdar.data.demo import make_demo_data, make_records
-from megatron_sdar.data.sources import Conversation, Turn, iter_conversations, read_dataset_info
+from megatron_sdar.data.sources import Conversation, Turn, read_dataset_info
+from megatron_sdar.data.spans import read_file
 from megatron_sdar.data.template import TemplateOptions, conversation_pieces, encode_conversation
 from megatron_sdar.data.tokenizer import load_tokenizer
 
@@ -96,7 +98,9 @@ def test_documents_are_short(demo):
     lengths = [
         len(encode_conversation(tokenizer, conversation, TemplateOptions())[0])
         for spec in specs
-        for conversation in iter_conversations(spec)
+        for file in spec.files
+        for record in read_file(file)
+        for conversation in [read_document(record.value, spec.layout, record.location)]
     ]
     assert len(lengths) == 2000
     assert min(lengths) >= 40

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG, ENTRY = 0, 6
 CONFIG_FILES = (
-    "architecture", "compat", "config", "config_fields", "config_rules", "config_yaml"
+    "architecture", "compat", "config", "config_fields", "config_rules", "config_weights",
+    "config_yaml",
 )  # fmt: skip
 LAYERS = {
     **dict.fromkeys(CONFIG_FILES, CONFIG),
@@ -26,7 +27,7 @@ LAYERS = {
     "parallel": 2,
     "model": 3,
     "optim": 4, "checkpoint": 4,
-    "training": 5, "generation": 5,
+    "training": 5, "generation": 5, "benchmark": 5,
 }  # fmt: skip
 OURS = {"megatron_sdar", "sdar_kernels", "tools", "pretrain_sdar"}
 KERNEL_LIBRARIES = {"sdar_kernels", "torch", "triton", "numpy", "einops"}

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from data_files import WHOLE, places, read, values, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_sdar.data import json_list, streams
+from megatron_sdar.data import json_list, line_files, streams
 from megatron_sdar.data.records import RecordError
 from megatron_sdar.data.spans import count_records, data_suffix, read_file, read_span, split_file
 
@@ -31,7 +32,7 @@ def check_spans(file: Path, target_bytes: int) -> None:
     """Spans of FILE follow each other, and give what reading it from the start gives."""
     spans = split_file(file, target_bytes)
     assert spans == split_file(file, target_bytes)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in pairwise(spans):
         assert before.stop <= after.start
         assert before.first_line <= after.first_line
     whole = [(r.location, str(r.value)) for r in read_file(file)]
@@ -215,7 +216,8 @@ def test_absurdly_long_record_is_never_held(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.txt", "d.csv"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr(streams, "_BUFFER_BYTES", 2**16)
-    monkeypatch.setattr(json_list, "_CHUNK_BYTES", 2**16)
+    for module in (json_list, line_files):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 2**16)
     file = write(tmp_path / name, [{"text": f"{i} " + "x" * 100} for i in range(25_000)])
     tracemalloc.start()
     try:

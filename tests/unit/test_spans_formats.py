@@ -186,7 +186,8 @@ def test_csv_values_are_text_and_blank_rows_are_no_records(tmp_path):
 
 
 def test_csv_fields_may_be_longer_than_the_default_of_the_csv_module(tmp_path):
-    records = [{"a": "x" * (csv.field_size_limit() + 200_000)}]
+    csv.field_size_limit(131_072)
+    records = [{"a": "x" * 200_000}]
     assert values(write(tmp_path / "d.csv", records)) == records
 
 
@@ -273,7 +274,7 @@ def test_truncated_compressed_file(tmp_path, name, keep):
 @pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.zst"])
 def test_file_that_is_not_compressed(tmp_path, name):
     (tmp_path / name).write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="does not begin as .* or correct its name if it is not"):
+    with pytest.raises(ValueError, match=r"does not begin as .* or correct its name if it is not"):
         read(tmp_path / name)
 
 

@@ -1,0 +1,253 @@
+"""tools/inspect_data.py: what is printed is what is trained."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import megatron_sdar
+from megatron_sdar.data.demo import make_demo_data
+from megatron_sdar.data.documents import DocumentStore
+from megatron_sdar.data.inspection import (
+    ANSWER,
+    PADDING,
+    PROMPT,
+    InspectRequest,
+    ShownDocument,
+    document_header,
+    document_text,
+    inspect_dataset,
+    make_stream,
+    printable,
+    read_row,
+)
+from megatron_sdar.data.loader import RowLoader, RowOptions
+from megatron_sdar.data.packing import pack_documents
+from megatron_sdar.data.sources import Columns, DatasetSpec, Layout
+from megatron_sdar.data.template import TemplateOptions
+from megatron_sdar.data.tokenizer import load_tokenizer
+from megatron_sdar.data.tokens import TokenizedDataset
+from unit.token_builds import build
+
+ROOT = Path(megatron_sdar.__file__).parents[1]
+CUTOFF = 256
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """Token files chat, history (mask_history) and text (plain text) of one tokenizer."""
+    folder = tmp_path_factory.mktemp("inspect")
+    make_demo_data(folder, 120)
+    (folder / "text.txt").write_text("\n".join("ab cd " * n for n in (3, 200, 40)) + "\n")
+    tokenizer = load_tokenizer(folder / "model")
+    chat = DatasetSpec(
+        "chat", (folder / "train.jsonl",), Layout("alpaca", Columns("prompt", None, "response")), ()
+    )
+    text = DatasetSpec("text", (folder / "text.txt",), Layout("text", Columns("text")), ())
+    build([chat], folder / "chat", tokenizer)
+    build([chat], folder / "history", tokenizer, TemplateOptions(mask_history=True))
+    build([text], folder / "text", tokenizer)
+    return folder
+
+
+def request(demo: Path, *names: str, **changes: object) -> InspectRequest:
+    prefixes = [str(demo / name) for name in names or ("chat",)]
+    return InspectRequest(prefixes, str(demo / "model"), cutoff_len=CUTOFF, **changes)
+
+
+def printed(asked: InspectRequest, width: int = 100_000) -> str:
+    console = Console(width=width, no_color=True, highlight=False)
+    with console.capture() as capture:
+        inspect_dataset(asked, console)
+    return capture.get()
+
+
+def body(text: str) -> str:
+    """The documents' tokens: no legend, headers, row padding or summary."""
+    rows = text.split("\ntoken files")[0].split("\n")[1:]
+    heads = ("document ", "row ", "<row padding")
+    return "\n".join(line for line in rows if not line.startswith(heads))
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_loader_gives_the_rows_that_are_shown(demo, epoch):
+    tokenizer = load_tokenizer(demo / "model")
+    store = DocumentStore([TokenizedDataset(demo / "chat"), TokenizedDataset(demo / "history")])
+    index = pack_documents(store.lengths, CUTOFF, 8, truncate_mode="cut")
+    options = RowOptions(CUTOFF, 8, tokenizer.mask_token_id, tokenizer.pad_token_id, 1e-3, seed=7)
+    loader = RowLoader(
+        store, index, options, rows_per_micro_batch=1, num_micro_batches=3, dp_rank=0, dp_size=1
+    )
+    rows = loader.step_at(epoch * len(index))
+    asked = request(demo, "chat", "history", rows=3, seed=7, epoch=epoch, block_length=8)
+    text = printed(asked)
+    targets = np.concatenate([row.target_ids for row in rows]).tolist()
+    assert len(targets) > 100
+    masked = [printable(tokenizer.token_bytes(token)) for token in targets]
+    # The demo's texts hold none of the marks.
+    assert re.findall(r"\[(.*?)\]", body(text)) == masked
+    clean = [row.input_ids[: (row.num_tokens - row.num_padding) // 2] for row in rows]
+    tokens = np.concatenate(clean).tolist()
+    plain = re.sub("[][\u2502\u00ab\u00bb{}\n]", "", body(text)).replace("\u21b5", "\n")
+    assert plain == tokenizer.decode(tokens)
+    paddings = [f"<row padding: {row.num_padding // 2} positions>" for row in rows]
+    assert re.findall(r"<row.*>", text) == [p for p in paddings if " 0 " not in p]
+
+
+def test_answers_of_the_data_are_in_answer_brackets(demo):
+    text = body(printed(request(demo, rows=1, block_length=CUTOFF)))
+    answers = [
+        re.sub("[][\u2502\n]", "", part).replace("\u21b5", "\n")
+        for part in re.findall("\u00ab(.*?)\u00bb", text, re.DOTALL)
+    ]
+    records = (demo / "train.jsonl").read_text()
+    assert len(answers) == text.count("\u00ab") > 1
+    for answer in answers:
+        assert answer.startswith("<think>")
+        assert answer.endswith("<|im_end|>\n")
+        assert answer.removesuffix("<|im_end|>\n").replace("\n", "\\n") in records
+
+
+def test_document_text_marks_kinds_masks_blocks_and_bytes(demo):
+    tokenizer = load_tokenizer(demo / "model")
+    ids = [
+        *tokenizer.encode("\u00e9a"),
+        *tokenizer.encode("\x1b\n"),
+        *tokenizer.encode("<|im_end|>"),
+    ]
+    assert len(ids) == 6
+    document = ShownDocument(
+        document_id=5,
+        piece=2,
+        ids=np.array([*ids, tokenizer.pad_token_id, tokenizer.pad_token_id], np.int32),
+        kinds=[PROMPT] * 2 + [ANSWER] * 4 + [PADDING] * 2,
+        masked=np.array([0, 0, 0, 1, 1, 0, 1, 0], np.bool_),
+        mask_prob=0.5005,
+        num_turns=2,
+    )
+    assert document_text(document, tokenizer, 4).plain == (
+        "\\xc3\\xa9\u00aba[\\x1b]\u2502[\u21b5]\n<|im_end|>\u00bb{[<|endoftext|>]<|endoftext|>}"
+    )
+    assert document_text(document, tokenizer, 2).plain == (
+        "\\xc3\\xa9\u2502\u00aba[\\x1b]\u2502[\u21b5]\n<|im_end|>\u00bb\u2502{[<|endoftext|>]"
+        "<|endoftext|>}"
+    )
+    assert document_header(document, 0.001).plain == (
+        "document 5 piece 2: 6 tokens + 2 padding, 2 turns, t 0.500 p 0.500, "
+        "3 of 6 trained tokens masked"
+    )
+
+
+def test_text_cannot_command_the_terminal():
+    assert printable("ok \x1b]0;x\x07 \u202e \u4f60\r\t".encode()) == (
+        "ok \\x1b]0;x\\x07 \\u202e \u4f60\\r\\t"
+    )
+    assert printable("\u4f60".encode()[:2]) == "\\xe4\\xbd"
+
+
+def test_one_document_of_one_piece(demo):
+    text = printed(request(demo, document=17))
+    assert re.findall(r"^document (\d+)", text, re.MULTILINE) == ["17"]
+    whole = printed(request(demo, rows=1000))
+    header = next(line for line in whole.split("\n") if line.startswith("document 17:"))
+    assert header in text
+    assert "<row padding" not in text
+
+
+def test_plain_text_is_split_as_in_training_and_every_piece_is_shown(demo):
+    text = printed(request(demo, "text", document=1))
+    heads = re.findall(r"^document 1( piece \d)?: (\d+) tokens", text, re.MULTILINE)
+    tokens = TokenizedDataset(demo / "text").lengths[1]
+    assert tokens > 2 * CUTOFF
+    assert [piece for piece, _ in heads] == ["", " piece 1", " piece 2"]
+    assert sum(int(count) for _, count in heads) == tokens
+    assert "0 documents cut, 1 split, 0 dropped" in text
+    assert "1 documents cut, 0 split" in printed(request(demo, "text", truncate_mode="cut"))
+
+
+def test_mask_history_of_the_build_decides_what_a_cut_keeps(demo):
+    assert make_stream(request(demo, "history"), store_of(demo, "history")).options.mask_history
+    assert not make_stream(request(demo), store_of(demo, "chat")).options.mask_history
+
+
+def store_of(demo: Path, name: str) -> DocumentStore:
+    return DocumentStore([TokenizedDataset(demo / name)])
+
+
+def test_a_cut_document_shows_what_is_trained_of_it(demo):
+    asked = request(demo, "text", truncate_mode="cut")
+    stream = make_stream(asked, store_of(demo, "text"))
+    place = next(r for r in range(len(stream.parts[0].index)) if 1 in stream.parts[0].index.row(r))
+    row, (document,) = read_row(stream, place, 0)
+    assert len(document.ids) == CUTOFF
+    assert document.kinds == [ANSWER] * CUTOFF
+    assert document.masked.sum() == len(row.loss_positions)
+    assert document.mask_prob == pytest.approx(1 / row.loss_weights[0])
+
+
+def test_summary_counts_all_prefixes(demo):
+    text = printed(request(demo, "chat", "text", rows=0), width=80)
+    assert max(map(len, text.split("\n"))) <= 80
+    assert text.count("token files") == 2
+    shown = [int(n.replace(",", "")) for n in re.findall(r" ([\d,]+) \(\d+\.\d%\)$", text, re.M)]
+    assert sum(shown) == 108 + 3
+    assert "\nrow " not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": -1}, "--rows must be at least 0, got -1"),
+        ({"epoch": -1}, "--epoch must be at least 0"),
+        ({"block_length": 0}, "--block-length must be at least 1"),
+        ({"cutoff_len": 0}, "--cutoff-len must be at least 1"),
+        ({"noise_eps": 1.0}, "--noise-eps must be between 0 and 1, got 1.0"),
+        ({"document": 108}, "--document 108: there are documents 0 to 107"),
+        ({"plot": Path("lengths.txt")}, "--plot lengths.txt: no known image format"),
+    ],
+)
+def test_mistakes(demo, changes, message):
+    asked = InspectRequest(**(vars(request(demo)) | changes))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        printed(asked)
+
+
+def test_a_dropped_document_and_another_tokenizer_are_named(demo, tmp_path):
+    with pytest.raises(ValueError, match=r"--document 1: it is in no row, its \d+ tokens do not"):
+        printed(request(demo, "text", document=1, truncate_mode="drop"))
+    make_demo_data(tmp_path, 100, seed=5)
+    other = InspectRequest([str(demo / "chat")], str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"--tokenizer .*chat was made with another tokenizer"):
+        printed(other)
+
+
+def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "inspect_data.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PATH": "", **environment},
+    )
+
+
+def test_the_tool(demo, tmp_path):
+    image = tmp_path / "lengths.png"
+    arguments = [str(demo / "chat"), "--tokenizer", str(demo / "model"), "--cutoff-len", "256"]
+    done = run_tool(*arguments, "--rows", "1", "--width", "90", "--plot", str(image))
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.split("\n"))) <= 90
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert str(image) in done.stdout.replace("\n", "")
+    coloured = run_tool(*arguments, FORCE_COLOR="1").stdout
+    assert "\x1b[32m" in coloured
+    plain = run_tool(*arguments, "--no-color", FORCE_COLOR="1").stdout
+    assert not re.search(r"\x1b\[[\d;]*(3[0-7]|4[0-7])[;m]", plain)
+    failed = run_tool(str(tmp_path / "absent"), "--tokenizer", str(demo / "model"))
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("error: ")
+    assert "absent" in failed.stderr
