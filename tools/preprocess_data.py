@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_sdar.data.build_options import ON_ERROR_MODES, BuildOptions
 from megatron_sdar.data.builder import build_dataset
-from megatron_sdar.data.chat_template import load_chat_template
+from megatron_sdar.data.chat_template import load_chat_template, load_template_tokens
 from megatron_sdar.data.dataset_info import STAGES
 from megatron_sdar.data.packing import TRUNCATE_MODES
 from megatron_sdar.data.shards import merge_shards
@@ -137,7 +137,12 @@ def _run(args: argparse.Namespace) -> BuildSummary:
         return merge_shards(args.output_prefix, args.merge, overwrite=args.overwrite)
     if args.tokenizer is None:
         raise ValueError("--tokenizer is needed: a model directory, or a tokenizer.json file")
-    own = args.template == "chat_template"
+    own: dict[str, str] = {}
+    if args.template == "chat_template":
+        own = {
+            "chat_template": load_chat_template(args.tokenizer),
+            **load_template_tokens(args.tokenizer),
+        }
     template = TemplateOptions(
         template=args.template,
         enable_thinking=_THINKING[args.enable_thinking],
@@ -145,7 +150,7 @@ def _run(args: argparse.Namespace) -> BuildSummary:
         train_on_prompt=args.train_on_prompt,
         default_system=args.default_system,
         llamafactory_version=args.llamafactory_version,
-        chat_template=load_chat_template(args.tokenizer) if own else None,
+        **own,
     )
     options = BuildOptions(
         num_workers=args.num_workers,

@@ -7,6 +7,7 @@ that was killed and run again.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -180,7 +181,9 @@ def _metadata(
     tokenizer: SdarTokenizer, recipe: Recipe, reports: Sequence[PartReport]
 ) -> TokenizedMetadata:
     skipped = SkipReport()
+    left_out: Counter[str] = Counter()
     for report in reports:
+        left_out.update(report.left_out)
         skipped.merge(SkipReport(counts=report.skipped, locations=report.skipped_locations))
     return TokenizedMetadata(
         mask_token_id=tokenizer.mask_token_id,
@@ -188,6 +191,7 @@ def _metadata(
         eos_token_id=tokenizer.eos_token_id,
         vocab_size=tokenizer.vocab_size,
         recipe=recipe,
+        left_out=dict(left_out),
         skipped=skipped.counts,
         skipped_locations=skipped.locations,
         **{name: sum(getattr(report, name) for report in reports) for name in COUNTS},

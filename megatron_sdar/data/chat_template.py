@@ -174,6 +174,7 @@ class _Rendering:
 
     def _stop(self, index: int, start: int) -> int:
         """Where the answer in message INDEX, which begins at START, ends with its end marker."""
+        # Most templates write an answer alike whatever follows: one rendering, not five.
         closed = self._render(self._messages[: index + 1])
         if len(closed) > start and self._full.startswith(closed):
             return len(closed)

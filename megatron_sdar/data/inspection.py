@@ -43,7 +43,7 @@ _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 class InspectRequest:
     """What tools/inspect_data.py was asked for.
 
-    rows: how many of the epoch's rows, in training order; document: show this one instead.
+    rows: how many of the epoch's rows at most, in training order; document: show this one instead.
     truncate_mode: None for the default of training. plot: an image of the lengths.
     """
 
@@ -89,7 +89,8 @@ def inspect_dataset(request: InspectRequest, console: Console) -> None:
     stream = make_stream(request, store)
     index = stream.parts[0].index
     if request.document is None:
-        places = [stream.place(request.epoch * len(index) + i)[2] for i in range(request.rows)]
+        first = request.epoch * len(index)
+        places = [stream.place(first + i)[2] for i in range(min(request.rows, len(index)))]
     else:
         places = _rows_of(request.document, store, index)
     _print_legend(console, request.block_length)
@@ -245,7 +246,7 @@ def _load_tokenizer(request: InspectRequest, store: DocumentStore) -> SdarTokeni
 
 
 def _rows_of(document: int, store: DocumentStore, index: PackedIndex) -> list[int]:
-    """The rows that hold DOCUMENT: one, or several when it was split."""
+    """The rows that hold DOCUMENT: one, or when it was split, those of its pieces in order."""
     if not 0 <= document < len(store):
         raise ValueError(f"--document {document}: there are documents 0 to {len(store) - 1}")
     items = np.flatnonzero(index.doc_ids == document)
@@ -254,7 +255,10 @@ def _rows_of(document: int, store: DocumentStore, index: PackedIndex) -> list[in
             f"--document {document}: it is in no row, its {store.lengths[document]} tokens do not "
             f"fit (truncate_mode {index.truncate_mode}); raise --cutoff-len"
         )
-    return np.unique(np.searchsorted(index.row_offsets, items, side="right") - 1).tolist()
+    if index.pieces is not None:
+        items = items[np.argsort(index.pieces[items])]
+    rows = np.searchsorted(index.row_offsets, items, side="right") - 1
+    return list(dict.fromkeys(rows.tolist()))
 
 
 def _print_legend(console: Console, block_length: int) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -18,12 +19,12 @@ from jinja2.ext import loopcontrols
 from jinja2.filters import do_indent
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from megatron_sdar.data.jinja_tree import GenerationTag, meter_tree
 
-MAX_CHARACTERS = 50_000_000
+MAX_CHARACTERS = 100_000_000
 MAX_SECONDS = 30.0
 
 # They can ask for any amount of text with one number, or choose at random.
@@ -33,6 +34,8 @@ _PADDING_METHODS = ("center", "expandtabs", "ljust", "rjust", "zfill")
 _MAX_EXPONENT_BITS = 4096
 # What looking at one value costs in time, counted in characters.
 _VALUE_COST = 64
+# What an item of a list takes in memory, counted in characters.
+_ITEM_COST = 16
 # Widths of four digits, or widths taken from a value.
 _WIDE_FORMAT = re.compile(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
 
@@ -107,10 +110,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             "join": self._join_filter,
             "replace": self._replace,
             "concatenate": self._concatenate,
+            "same": _same,
         }
+        self.filters = {name: self._charged(it) for name, it in self.filters.items()}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "range": self._range,
             "namespace": _TemplateNamespace,
             "dict": _make_dict,
         }
@@ -154,7 +158,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             __self._check_text_method(__obj.__name__, owner, args, kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        __self.spend(_sized(result))
+        return result
+
+    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.spend(_sized(result))
+            return result
+
+        return charged
 
     def _check_text_method(
         self, name: str, text: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -215,11 +230,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         else:
             self._spend_values(value)
         return value
-
-    def _range(self, *args: int) -> range:
-        numbers = safe_range(*args)
-        self.spend(len(numbers))
-        return numbers
 
     def _tojson(
         self,
@@ -290,6 +300,11 @@ def _check_public(name: object) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}: the name begins with _")
 
 
+def _same(value: Any) -> Any:
+    """VALUE; as a filter, it pays for what was made without one."""
+    return value
+
+
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
@@ -299,13 +314,15 @@ def _raise_exception(message: object) -> None:
 
 
 def _sized(value: object) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else 0
+    if isinstance(value, str):
+        return len(value)
+    return _ITEM_COST * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _repeated_size(left: object, right: object) -> int:
     for value, times in ((left, right), (right, left)):
         if isinstance(value, str | list | tuple) and isinstance(times, int):
-            return len(value) * max(times, 0)
+            return _sized(value) * max(times, 0)
     return _bits(left) + _bits(right)
 
 

@@ -1,8 +1,8 @@
 """What is done to a parsed chat template before it is compiled.
 
 Owns the `generation` tag of transformers and the places where a template reports to the budget
-of `jinja_sandbox.py`: every round of a loop, every call of a macro, every `~`. The rendered text
-stays the same.
+of `jinja_sandbox.py`: every round of a loop, every call of a macro, every `~` and slice. The
+rendered text stays the same.
 """
 
 from jinja2 import nodes
@@ -22,42 +22,39 @@ class GenerationTag(Extension):
 
 
 def meter_tree(tree: nodes.Template) -> None:
-    """Make loops and macros of TREE call `tick`, and `~` the filter `concatenate`.
+    """Make loops and macros of TREE call `tick`, `~` and slices the filters that pay for them.
 
-    Both belong to the environment that TREE is compiled in.
+    All belong to the environment that TREE is compiled in.
     """
     for loop in list(tree.find_all(nodes.For)):
         loop.body.insert(0, _tick_statement(loop.lineno))
-        if loop.test is not None:
-            loop.test = nodes.And(_tick_call(loop.lineno), loop.test, lineno=loop.lineno)
     for macro in list(tree.find_all(nodes.Macro)):
         macro.body.insert(0, _tick_statement(macro.lineno))
-    _replace_concatenations(tree)
-
-
-def _tick_call(lineno: int) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=lineno)
+    _charge_growth(tree)
 
 
 def _tick_statement(lineno: int) -> nodes.ExprStmt:
-    return nodes.ExprStmt(_tick_call(lineno), lineno=lineno)
+    tick = nodes.EnvironmentAttribute("tick")
+    return nodes.ExprStmt(nodes.Call(tick, [], [], None, None, lineno=lineno), lineno=lineno)
 
 
-def _replace_concatenations(node: nodes.Node) -> None:
-    """Make every `a ~ b` below NODE a call of the filter that pays for its result first."""
+def _charge_growth(node: nodes.Node) -> None:
+    """Make every `a ~ b` and `a[i:j]` below NODE pass through a filter, since filters pay."""
     for name, value in node.iter_fields():
         if isinstance(value, nodes.Node):
-            _replace_concatenations(value)
-            setattr(node, name, _bounded(value))
+            _charge_growth(value)
+            setattr(node, name, _charged(value))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, nodes.Node):
-                    _replace_concatenations(item)
-                    value[index] = _bounded(item)
+                    _charge_growth(item)
+                    value[index] = _charged(item)
 
 
-def _bounded(node: nodes.Node) -> nodes.Node:
-    if not isinstance(node, nodes.Concat):
-        return node
-    values = nodes.List(node.nodes, lineno=node.lineno)
-    return nodes.Filter(values, "concatenate", [], [], None, None, lineno=node.lineno)
+def _charged(node: nodes.Node) -> nodes.Node:
+    if isinstance(node, nodes.Concat):
+        value: nodes.Expr = nodes.List(node.nodes, lineno=node.lineno)
+        return nodes.Filter(value, "concatenate", [], [], None, None, lineno=node.lineno)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return nodes.Filter(node, "same", [], [], None, None, lineno=node.lineno)
+    return node

@@ -69,8 +69,8 @@ class Recipe:
 class TokenizedMetadata:
     """The contents of PREFIX.json; `recipe` and its fingerprint say what the tokens came from.
 
-    num_mask_documents counts documents whose own text holds the mask token; `skipped` counts
-    left-out records by reason, `skipped_locations` has the first places of each.
+    num_mask_documents counts documents whose own text holds the mask token; `left_out` counts
+    records of which a part was left out, by what it was; `skipped` counts whole records by reason, `skipped_locations` has the first places of each.
     """
 
     num_documents: int
@@ -82,6 +82,7 @@ class TokenizedMetadata:
     eos_token_id: int
     vocab_size: int
     recipe: Recipe
+    left_out: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_locations: dict[str, list[str]] = field(default_factory=dict)
 
@@ -137,7 +138,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
         "shard": list | None,
     }
     count_types = {f.name: int for f in fields(TokenizedMetadata) if f.type is int}
-    expected = {**recipe_types, **count_types, "skipped": dict, "skipped_locations": dict}
+    expected = {**recipe_types, **count_types, "left_out": dict, "skipped": dict, "skipped_locations": dict}
     for name, kind in expected.items():
         value = content.get(name)
         if name not in content or not isinstance(value, kind) or isinstance(value, bool):
@@ -146,6 +147,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
             )
     metadata = TokenizedMetadata(
         recipe=Recipe(**{name: content[name] for name in recipe_types}),
+        left_out=content["left_out"],
         skipped=content["skipped"],
         skipped_locations=content["skipped_locations"],
         **{name: content[name] for name in count_types},

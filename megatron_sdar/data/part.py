@@ -18,7 +18,7 @@ from megatron_sdar.data.indexed import token_dtype
 from megatron_sdar.data.indexed_writer import IndexedWriter
 from megatron_sdar.data.plan import Part
 from megatron_sdar.data.records import Record, RecordError, SkipReport
-from megatron_sdar.data.sources import DatasetSpec, read_document
+from megatron_sdar.data.sources import Conversation, DatasetSpec, PlainText, read_document
 from megatron_sdar.data.spans import read_span
 from megatron_sdar.data.template import Piece, TemplateOptions, document_pieces
 from megatron_sdar.data.tokenizer import SdarTokenizer
@@ -33,6 +33,7 @@ class PartReport:
     """What a part holds, as plain JSON values.
 
     unseen_columns: optional columns that dataset_info.json names and none of its records has.
+    left_out: records of which a part was left out, by what it was.
     """
 
     num_records: int = 0
@@ -41,6 +42,7 @@ class PartReport:
     num_label_tokens: int = 0
     num_mask_documents: int = 0
     unseen_columns: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_locations: dict[str, list[str]] = field(default_factory=dict)
 
@@ -132,10 +134,13 @@ def build_part(
 
 def part_pieces(spec: DatasetSpec, record: Record, options: TemplateOptions) -> list[Piece]:
     """The pieces of RECORD, a record of SPEC. Raises RecordError when it cannot be used."""
+    return document_pieces(_read(spec, record), options)
+
+
+def _read(spec: DatasetSpec, record: Record) -> Conversation | PlainText:
     if isinstance(record.value, RecordError):
         raise record.value
-    document = read_document(record.value, spec.layout, record.location)
-    return document_pieces(document, options)
+    return read_document(record.value, spec.layout, record.location)
 
 
 def _iter_chunks(
@@ -158,12 +163,15 @@ def _iter_chunks(
                 continue
             report.num_records += times
             try:
-                pieces = part_pieces(spec, record, options)
+                document = _read(spec, record)
+                pieces = document_pieces(document, options)
             except RecordError as error:
                 if on_error == "raise":
                     raise
                 skipped.add(error)
                 continue
+            for what in document.left_out:
+                report.left_out[what] = report.left_out.get(what, 0) + 1
             if unseen and isinstance(record.value, dict):
                 unseen.difference_update(record.value)
             for _ in range(times):

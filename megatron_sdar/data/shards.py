@@ -5,6 +5,7 @@ missing the dataset counts as incomplete.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,11 +66,14 @@ def merge_shards(prefix: str | Path, num_shards: int, *, overwrite: bool = False
                 "build every shard from the same inputs"
             )
     skipped = SkipReport()
+    left_out: Counter[str] = Counter()
     for shard in shards:
+        left_out.update(shard.left_out)
         skipped.merge(SkipReport(counts=shard.skipped, locations=shard.skipped_locations))
     metadata = replace(
         shards[0],
         recipe=recipe,
+        left_out=dict(left_out),
         skipped=skipped.counts,
         skipped_locations=skipped.locations,
         **{name: sum(getattr(shard, name) for shard in shards) for name in COUNTS},

@@ -13,6 +13,7 @@ middle: each is one span, so that several files are needed to read it in paralle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from megatron_sdar.data.csv_files import read_csv
 from megatron_sdar.data.json_list import (
@@ -25,7 +26,6 @@ from megatron_sdar.data.json_list import (
 from megatron_sdar.data.line_files import count_lines, read_lines, split_lines
 from megatron_sdar.data.records import Record
 from megatron_sdar.data.streams import COMPRESSED_SUFFIXES, ByteStream, Line, iter_lines
-from megatron_sdar.data.tables import arrow_kind, iter_sizes, read_table
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -86,7 +86,7 @@ def read_span(span: Span) -> Iterator[Record]:
     """
     if span.kind in _TABLE_KINDS:
         parts = range(span.start, span.stop)
-        yield from read_table(
+        yield from _tables().read_table(
             span.kind, span.file, parts, span.first_line, span.num_rows, span.num_bytes
         )
         return
@@ -121,13 +121,20 @@ def count_records(span: Span) -> int:
         return count_lines(_lines(stream, span))
 
 
+def _tables() -> ModuleType:
+    # Arrow takes 50 MB in every process that imports it, and text files do not need it.
+    from megatron_sdar.data import tables
+
+    return tables
+
+
 def _kind(file: Path) -> str:
     suffix = data_suffix(file)
     assert suffix is not None, "files are checked when a dataset is named"
     if suffix == ".json":
         with ByteStream(file) as stream:
             return "json_list" if is_list(stream) else "jsonl"
-    return arrow_kind(file) if suffix == ".arrow" else suffix[1:]
+    return _tables().arrow_kind(file) if suffix == ".arrow" else suffix[1:]
 
 
 def _whole_text(file: Path, kind: str) -> Span:
@@ -148,7 +155,7 @@ def _elements(stream: ByteStream, span: Span) -> Iterator[Element]:
 
 def _split_table(file: Path, kind: str, target_bytes: int) -> list[Span]:
     # A part's bytes are taken to be in proportion to its rows: enough for even spans.
-    sizes = list(iter_sizes(kind, file))
+    sizes = list(_tables().iter_sizes(kind, file))
     total_rows, total_bytes = sum(sizes), file.stat().st_size
     if not total_rows:
         return []

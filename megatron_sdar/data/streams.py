@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self, cast
 
-import pyarrow as pa
-
 UTF8_BOM = b"\xef\xbb\xbf"
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 MAX_RECORD_BYTES = 256 * 2**20
@@ -61,7 +59,10 @@ class ByteStream:
             return cast(BinaryIO, gzip.GzipFile(fileobj=self._raw, mode="rb"))
         if head != _ZSTD_MAGIC and head[1:] != _ZSTD_SKIPPABLE:
             raise self._damage("it does not begin as Zstandard data does")
-        # python-zstandard's reader ends a truncated file without an error; Arrow's tells.
+        # Imported here: it takes 50 MB in every process that does. python-zstandard's reader
+        # would end a truncated file without an error; Arrow's tells.
+        import pyarrow as pa
+
         inflated = pa.CompressedInputStream(pa.PythonFile(self._raw, "r"), "zstd")
         return io.BufferedReader(inflated, _BUFFER_BYTES)
 

@@ -32,6 +32,7 @@ class BuildSummary:
     num_documents: int
     num_tokens: int
     num_label_tokens: int
+    left_out: dict[str, int]
     skipped: dict[str, int]
     document_lengths: dict[str, int]
     seconds: float
@@ -73,6 +74,8 @@ class BuildSummary:
                 f"{'warning':<16}{self.num_mask_documents:,} documents hold the text <|MASK|>, "
                 "which becomes the mask token itself"
             )
+        for what, count in sorted(self.left_out.items()):
+            lines.append(f"{'left out':<16}{what}, in {count:,} records")
         total = sum(self.skipped.values())
         lines.append(f"{'skipped':<16}{f'{total:,} records' if total else 'none'}")
         for reason, count in sorted(self.skipped.items()):
@@ -92,6 +95,7 @@ def summarize_dataset(prefix: str | Path) -> BuildSummary:
         num_tokens=metadata.num_tokens,
         num_label_tokens=metadata.num_label_tokens,
         num_mask_documents=metadata.num_mask_documents,
+        left_out=metadata.left_out,
         skipped=metadata.skipped,
         skipped_locations=metadata.skipped_locations,
         document_lengths=_length_figures(dataset.lengths) if len(dataset) else {},

@@ -18,7 +18,7 @@ from megatron_sdar.config_weights import parse_blend, parse_numbers
 from megatron_sdar.data.blend import BlendSchedule
 from megatron_sdar.data.build_options import BuildOptions
 from megatron_sdar.data.builder import ensure_dataset
-from megatron_sdar.data.chat_template import load_chat_template
+from megatron_sdar.data.chat_template import load_chat_template, load_template_tokens
 from megatron_sdar.data.documents import DocumentStore, interleave_documents, split_documents
 from megatron_sdar.data.loader import RowLoader, RowOptions
 from megatron_sdar.data.metadata import Recipe, read_metadata
@@ -56,7 +56,10 @@ def tokenizer_path(config: SdarConfig) -> str:
 def template_options(config: SdarConfig) -> TemplateOptions:
     """How the data configuration wants documents written."""
     data = config.data
-    own = data.template == "chat_template"
+    own: dict[str, str] = {}
+    if data.template == "chat_template":
+        path = tokenizer_path(config)
+        own = {"chat_template": load_chat_template(path), **load_template_tokens(path)}
     return TemplateOptions(
         template=data.template,
         enable_thinking=data.enable_thinking,
@@ -64,7 +67,7 @@ def template_options(config: SdarConfig) -> TemplateOptions:
         train_on_prompt=data.train_on_prompt,
         default_system=data.default_system,
         llamafactory_version=data.llamafactory_version,
-        chat_template=load_chat_template(tokenizer_path(config)) if own else None,
+        **own,
     )
 
 

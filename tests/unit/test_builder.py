@@ -198,6 +198,21 @@ def test_skipped_records_are_counted_and_located(spec, tokenizer, tmp_path):
     assert f"1 empty answer, first at {spec.files[0]}:21" in text
 
 
+def test_what_a_record_loses_is_counted(tokenizer, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "let me see", "tool_calls": [call]},
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text((json.dumps({"messages": messages}) + "\n") * 3)
+    summary = build([dataset_from_file(file)], tmp_path / "p", tokenizer, part_bytes=1)
+    ((what, count),) = summary.left_out.items()
+    assert count == 3
+    assert f"left out        {what}, in 3 records" in summary.format()
+    assert summarize_dataset(tmp_path / "p").left_out == summary.left_out
+
+
 @pytest.mark.parametrize(
     ("records_", "message"),
     [([], "the files are empty"), ([{"prompt": "p", "response": ""}], r"skipped \(1 empty answer")],

@@ -229,6 +229,35 @@ def test_generation_prompt_that_opens_a_thought():
     ]
 
 
+def test_tool_results_are_messages_of_their_own():
+    options = {"default_system": "S", "eos_token": "|"}
+    template = LLAMA.replace("m.content", "(m.content ~ m.tool_calls)")
+    found = split_conversation(Conversation(TOOL_CONVERSATION.turns[:2]), template, **options)
+    assert found[2] == "[tool]\n1|[tool]\n2|[assistant]\n"
+
+
+def test_calls_with_an_end_marker_of_their_own():
+    template = LLAMA.replace(
+        "{{ eos_token }}", "{{ m.tool_calls }}{{ '/' if m.tool_calls else '|' }}"
+    )
+    found = split_conversation(Conversation(TOOL_CONVERSATION.turns), template)
+    assert [answer[-1] for answer in found[1::2]] == ["/", "|", "/", "|"]
+    assert all(prompt.endswith("|[assistant]\n") for prompt in found[::2])
+
+
+def test_results_that_must_follow_a_call(qwen3):
+    tool = '{%- elif message.role == "tool" %}'
+    strict = qwen3.replace(
+        tool,
+        tool + "{%- if messages[loop.index0 - 1].role == 'assistant' and not "
+        "messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{%- endif %}",
+    )
+    assert strict != qwen3
+    assert split_conversation(TOOL_CONVERSATION, strict) == split_conversation(
+        TOOL_CONVERSATION, qwen3
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -45,9 +45,9 @@ def test_bars_fit_and_a_range_that_is_not_empty_shows(numbers, width):
 def test_lines_of_bars():
     lines = [line.plain for line in bars([2, 3, 4, 6], [1, 0, 3], 26)]
     assert lines == [
-        "    2 \u2588\u2588\u2588 1 (25.0%)",
-        "    3  0 (0.0%)",
-        "  4-5 " + "\u2588" * 8 + " 3 (75.0%)",
+        "    2 " + "\u2588" * 4 + " 1 (25.0%)",
+        "    3 0 (0.0%)",
+        "  4-5 " + "\u2588" * 10 + " 3 (75.0%)",
     ]
 
 

@@ -83,6 +83,22 @@ def test_spans_have_about_the_size_that_is_asked_for(tmp_path):
     assert [s.first_line for s in split_file(tmp_path / "d.jsonl", 9000)][:3] == [1, 98, 195]
 
 
+@pytest.mark.parametrize("size", [1, 3, 10, 14, 2**20])
+@pytest.mark.parametrize(("target", "lines_per_span"), [(1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
+def test_lines_across_the_edges_of_the_buffer(tmp_path, monkeypatch, size, target, lines_per_span):
+    monkeypatch.setattr(line_files, "_CHUNK_BYTES", size)
+    file = tmp_path / "d.txt"
+    file.write_bytes(b"".join(b"line %04d\n" % number for number in range(1, 8)))
+    spans = split_file(file, target)
+    firsts = list(range(1, 8, lines_per_span))
+    assert [span.first_line for span in spans] == firsts
+    assert [span.start for span in spans] == [10 * (first - 1) for first in firsts]
+    assert [record.value["text"] for record in read(file, target)] == [
+        f"line {number:04}" for number in range(1, 8)
+    ]
+    assert places(file, target) == list(range(1, 8))
+
+
 def test_list_elements_keep_the_line_they_begin_in(tmp_path):
     text = '\ufeff\n[\n  {"a": "\u00e9"},\n\n {"a": "b",\n "c": "2"}, {"d":\n{}}, 3]\n'
     (tmp_path / "d.json").write_text(text, encoding="utf-8")
