@@ -6,6 +6,7 @@ as a user starts them.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ class DataFigures:
         peak_rss_mb: largest resident memory of all processes of a build of the large input.
         peak_rss_small_mb: the same for the input as it is.
         fill_*: occupied share of rows of that many tokens, block_length 4.
+        extra_rows_*: rows beyond the number below which no packing can come.
         row_tokens_per_s: positions of rows (noisy and clean) made per second on one core.
         loader_wait_share: share of the trainer's time in which it waited for rows.
     """
@@ -63,6 +65,10 @@ class DataFigures:
     fill_2048: float
     fill_4096: float
     fill_20480: float
+    extra_rows_1024: int
+    extra_rows_2048: int
+    extra_rows_4096: int
+    extra_rows_20480: int
     row_tokens_per_s: float
     loader_wait_share: float
 
@@ -89,10 +95,7 @@ def measure_data(
         small_mb = _build_memory(input_file, tokenizer_path, work / "small")
         large_mb = _build_memory(large, tokenizer_path, work / "large")
         dataset = TokenizedDataset(work / "small")
-        fills = {
-            capacity: pack_documents(dataset.lengths, capacity, 4, truncate_mode="cut").fill
-            for capacity in _CAPACITIES
-        }
+        fills, extra = _pack_figures(dataset)
         say("making rows on one core")
         speed = _row_speed(dataset)
         say("training a small model to see how long it waits for rows")
@@ -105,6 +108,10 @@ def measure_data(
         fill_2048=fills[2048],
         fill_4096=fills[4096],
         fill_20480=fills[20480],
+        extra_rows_1024=extra[1024],
+        extra_rows_2048=extra[2048],
+        extra_rows_4096=extra[4096],
+        extra_rows_20480=extra[20480],
         row_tokens_per_s=speed,
         loader_wait_share=wait,
     )
@@ -124,8 +131,12 @@ def show_figures(figures: DataFigures) -> None:
     }
     table = Table("figure", "measured", "goal (GSM8K, Qwen3's tokenizer, 2 cores)")
     for name, value in asdict(figures).items():
-        table.add_row(name, f"{value:,.4f}" if value < 10 else f"{value:,.0f}", goals.get(name, ""))
+        table.add_row(name, _shown(value), goals.get(name, ""))
     Console(soft_wrap=True).print(table)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.4f}" if isinstance(value, float) and value < 10 else f"{value:,.0f}"
 
 
 def _repeated(source: Path, target: Path, times: int) -> Path:
@@ -215,6 +226,17 @@ def _tree_rss(pid: int) -> int:
         return 0
     own = int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
     return own + sum(_tree_rss(int(child)) for child in children)
+
+
+def _pack_figures(dataset: TokenizedDataset) -> tuple[dict[int, float], dict[int, int]]:
+    """(fill, rows beyond the lower bound) by row length."""
+    fills, extra = {}, {}
+    for capacity in _CAPACITIES:
+        packed = pack_documents(dataset.lengths, capacity, 4, truncate_mode="cut")
+        fills[capacity] = packed.fill
+        # fill * rows is the number of rows that the occupied positions alone would take.
+        extra[capacity] = len(packed) - math.ceil(packed.fill * len(packed) - 1e-6)
+    return fills, extra
 
 
 def _row_speed(dataset: TokenizedDataset) -> float:

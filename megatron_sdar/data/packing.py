@@ -22,11 +22,11 @@ CutLengths = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """Row r holds the items row_offsets[r] : row_offsets[r + 1] of doc_ids, ascending.
+    """Row r holds the items row_offsets[r] : row_offsets[r + 1] of doc_ids.
 
     row_offsets: int64 [R+1]. doc_ids: int32 or int64 [N]. pieces: int32 [N], which part of its
-    document an item is (None: every item is a whole document, or what is kept of one). Rows are
-    ordered by their first item.
+    document an item is (None: every item is a whole document, or what is kept of one). Items
+    ascend in a row and rows by their first item (algorithm llamafactory: its own order).
     limit: tokens kept of a longer document (cut), or tokens of a piece (split).
     num_dropped, num_cut and num_split count documents; num_tokens counts kept tokens without
     padding, num_lost_tokens those dropped or cut. fill = occupied positions / (R * capacity).
@@ -48,7 +48,7 @@ class PackedIndex:
         return len(self.row_offsets) - 1
 
     def row(self, index: int) -> NDArray[np.int64]:
-        """Document ids of row INDEX, ascending."""
+        """Document ids of row INDEX, int64."""
         return self.doc_ids[self._items(index)].astype(np.int64)
 
     def row_pieces(self, index: int) -> NDArray[np.int32]:

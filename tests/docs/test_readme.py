@@ -185,6 +185,51 @@ def data_is_tokenised(checkout: Path, result: Result) -> None:
         assert re.search(fill, result.stdout, re.MULTILINE), result.stdout
 
 
+def rows_were_shown(checkout: Path, result: Result) -> None:
+    for text in ("legend:", "<|im_start|>user", "of 256 positions", "documents by length"):
+        assert text in result.stdout, result.stdout[-3000:]
+    assert (checkout / "demo/lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def shard_files(checkout: Path) -> list[str]:
+    return sorted(file.name for file in (checkout / "demo/data").glob("shared.shard-*.json"))
+
+
+def first_shard_was_built(checkout: Path, result: Result) -> None:
+    del result
+    assert shard_files(checkout) == ["shared.shard-00000-of-00002.json"]
+
+
+def second_shard_was_built(checkout: Path, result: Result) -> None:
+    del result
+    assert len(shard_files(checkout)) == 2
+
+
+def shards_became_one(checkout: Path, result: Result) -> None:
+    del result
+    data = checkout / "demo/data"
+    for suffix in (".bin", ".idx", ".labels.bin", ".turns.bin"):
+        ours = (data / f"shared{suffix}").read_bytes()
+        assert ours == (data / f"mine{suffix}").read_bytes() != b"", suffix
+    assert json.loads((data / "shared.json").read_text())["shard"] is None
+
+
+def figures_were_written(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/figures.json").read_text())
+    assert {
+        "tokenize_vs_raw", "peak_rss_mb", "fill_1024", "fill_2048", "fill_4096", "fill_20480",
+        "row_tokens_per_s", "loader_wait_share",
+    } <= set(figures)  # fmt: skip
+    lengths = (1024, 2048, 4096, 20480)
+    assert all(figures[f"extra_rows_{length}"] >= 0 for length in lengths)
+    assert all(0 < figures[f"fill_{length}"] <= 1 for length in lengths)
+    assert figures["tokenize_vs_raw"] > 0
+    assert figures["peak_rss_mb"] > 10
+    assert figures["row_tokens_per_s"] > 0
+    assert figures["loader_wait_share"] < 1
+    assert "tokenize_vs_raw" in result.stdout
+
+
 def keys_are_listed(checkout: Path, result: Result) -> None:
     del checkout
     assert result.stdout.startswith("usage: torchrun")
@@ -252,7 +297,12 @@ def text_was_generated(checkout: Path, result: Result) -> None:
 # By a part of the command that no other command has.
 EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "make demo": demo_left_everything,
-    "tools/preprocess_data.py": data_is_tokenised,
+    "--output-prefix demo/data/mine --block-length": data_is_tokenised,
+    "tools/inspect_data.py": rows_were_shown,
+    "--shard 0/2": first_shard_was_built,
+    "--shard 1/2": second_shard_was_built,
+    "--merge 2": shards_became_one,
+    "tools/benchmark.py data": figures_were_written,
     "pretrain_sdar.py --help": keys_are_listed,
     "torchrun ": four_steps_were_trained,
     "overwrite_output_dir=false": run_was_resumed,

@@ -251,6 +251,7 @@ def test_a_copy_in_another_process_reads_no_tokenizer(monkeypatch):
         patch.setattr(tokenizer_module, "Tokenizer", None)
         assert copy.encode_pieces([text])[0].tolist() == expected
         assert copy.fingerprint() == fingerprint
+    assert copy._loaded is None
     assert copy.encode(text) == expected
     assert copy.vocab_size == tokenizer.vocab_size
     assert pickle.loads(pickle.dumps(copy)).encode(text) == expected  # noqa: S301

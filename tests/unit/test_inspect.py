@@ -178,15 +178,32 @@ def store_of(demo: Path, name: str) -> DocumentStore:
     return DocumentStore([TokenizedDataset(demo / name)])
 
 
-def test_a_cut_document_shows_what_is_trained_of_it(demo):
-    asked = request(demo, "text", truncate_mode="cut")
-    stream = make_stream(asked, store_of(demo, "text"))
-    place = next(r for r in range(len(stream.parts[0].index)) if 1 in stream.parts[0].index.row(r))
-    row, (document,) = read_row(stream, place, 0)
-    assert len(document.ids) == CUTOFF
-    assert document.kinds == [ANSWER] * CUTOFF
-    assert document.masked.sum() == len(row.loss_positions)
-    assert document.mask_prob == pytest.approx(1 / row.loss_weights[0])
+@pytest.mark.parametrize(
+    ("name", "mode", "epoch"), [("chat", None, 3), ("text", None, 1), ("text", "cut", 0)]
+)
+def test_the_noise_of_every_document_is_that_of_the_row(demo, name, mode, epoch):
+    stream = make_stream(request(demo, name, truncate_mode=mode), store_of(demo, name))
+    num_masked = 0
+    for place in range(len(stream.parts[0].index)):
+        row, documents = read_row(stream, place, epoch)
+        weights = row.loss_weights.tolist()
+        for document in documents:
+            assert document.masked.shape == document.ids.shape == (len(document.kinds),)
+            count = int(document.masked.sum())
+            assert weights[:count] == pytest.approx([1 / document.mask_prob] * count)
+            del weights[:count]
+            num_masked += count
+            if name == "text":
+                assert PROMPT not in document.kinds
+                assert len(document.ids) <= CUTOFF
+        assert not weights
+    assert num_masked > 100
+
+
+def test_no_more_rows_than_the_epoch_has(demo):
+    text = printed(request(demo, "text", rows=1000))
+    total = int(re.search(r"rows of 256 +(\d+) rows", text)[1])
+    assert sorted(map(int, re.findall(r"^row (\d+) of", text, re.MULTILINE))) == [*range(total)]
 
 
 def test_summary_counts_all_prefixes(demo):

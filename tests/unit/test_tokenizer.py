@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from megatron_sdar.data.demo import make_demo_data, train_tokenizer
 from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
@@ -156,3 +156,15 @@ def test_mask_token_that_exists_keeps_its_id():
     tokenizer = SdarTokenizer(train_tokenizer(iter(["a b c"])), "demo")
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
     assert tokenizer.encode("<|MASK|>") == [tokenizer.mask_token_id]
+
+
+def test_token_bytes_are_those_of_the_text(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    ids = tokenizer.encode("caf\u00e9 \u4f60<|im_end|>\n")
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == "caf\u00e9 \u4f60<|im_end|>\n"
+    assert tokenizer.token_bytes(tokenizer.encode("\u00e9")[0]) == b"\xc3"
+    backend = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    backend.decoder = decoders.WordPiece()
+    words = SdarTokenizer(backend, "words")
+    assert words.token_bytes(words.encode("a")[0]) == b"a"
+    assert words.token_bytes(10**6) == b""
