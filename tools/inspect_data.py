@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_sdar.data.inspection import InspectRequest, inspect_dataset
-from megatron_sdar.data.packing import TRUNCATE_MODES
+from megatron_sdar.data.loading.packing import TRUNCATE_MODES
 
 _DESCRIPTION = """\
 Print rows of token files as they are trained: what is prompt, answer, masked and padding, and

@@ -9,21 +9,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sdar.data.build_options import ON_ERROR_MODES, BuildOptions
-from megatron_sdar.data.builder import build_dataset
-from megatron_sdar.data.chat_template import load_chat_template, load_template_tokens
-from megatron_sdar.data.dataset_info import STAGES
-from megatron_sdar.data.packing import TRUNCATE_MODES
-from megatron_sdar.data.shards import merge_shards
-from megatron_sdar.data.sources import (
+from megatron_sdar.data.building.build_options import ON_ERROR_MODES, BuildOptions
+from megatron_sdar.data.building.builder import build_dataset
+from megatron_sdar.data.building.shards import merge_shards
+from megatron_sdar.data.building.summary import BuildSummary, format_fill
+from megatron_sdar.data.loading.packing import TRUNCATE_MODES
+from megatron_sdar.data.sources.dataset_info import STAGES
+from megatron_sdar.data.sources.datasets import (
     DatasetSpec,
     dataset_from_file,
     read_dataset_info,
 )
-from megatron_sdar.data.summary import BuildSummary, format_fill
-from megatron_sdar.data.template import LLAMAFACTORY_VERSIONS, TEMPLATES, TemplateOptions
-from megatron_sdar.data.tokenizer import load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.templates.chat_template import load_chat_template, load_template_tokens
+from megatron_sdar.data.templates.template import LLAMAFACTORY_VERSIONS, TEMPLATES, TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 _EXAMPLE = """\
 examples:

@@ -23,17 +23,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sdar.data.build_options import BuildOptions
-from megatron_sdar.data.builder import build_dataset
-from megatron_sdar.data.documents import DocumentStore
-from megatron_sdar.data.packing import pack_documents
-from megatron_sdar.data.part import part_pieces
-from megatron_sdar.data.row_stream import RowOptions, RowPart, RowStream
-from megatron_sdar.data.sources import dataset_from_file
-from megatron_sdar.data.spans import read_file
-from megatron_sdar.data.template import TemplateOptions
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.building.build_options import BuildOptions
+from megatron_sdar.data.building.builder import build_dataset
+from megatron_sdar.data.building.part import part_pieces
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.packing import pack_documents
+from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.readers.spans import read_file
+from megatron_sdar.data.sources.datasets import dataset_from_file
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CAPACITIES = (1024, 2048, 4096, 20480)

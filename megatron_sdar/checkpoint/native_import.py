@@ -30,7 +30,7 @@ from megatron_sdar.checkpoint.safetensors_files import (
 )
 from megatron_sdar.checkpoint.shards import shard_metadata, shard_name, write_index
 from megatron_sdar.checkpoint.tensor_names import EMBEDDING, model_tensor_shapes
-from megatron_sdar.data.tokenizer import load_tokenizer
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 RELEASED_BLOCK_SIZE, RELEASED_MASK_TOKEN_ID = 4, 151669
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import processors as post_processors
 from tokenizers.trainers import BpeTrainer
 
-from megatron_sdar.data.tokenizer import END_OF_TEXT, IM_END, IM_START, MASK_TOKEN
+from megatron_sdar.data.tokenization.tokenizer import END_OF_TEXT, IM_END, IM_START, MASK_TOKEN
 
 VOCAB_SIZE = 512
 _QWEN3_SPLIT = (

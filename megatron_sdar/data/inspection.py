@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from megatron_sdar.data.documents import DocumentStore
+from megatron_sdar.data.building.summary import summarize_dataset
 from megatron_sdar.data.length_histogram import bars, count_lengths, write_image
-from megatron_sdar.data.packing import PackedIndex, pack_documents, pad_to_block
-from megatron_sdar.data.row_stream import RowOptions, RowPart, RowStream
-from megatron_sdar.data.summary import summarize_dataset
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.packing import PackedIndex, pack_documents, pad_to_block
+from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 from megatron_sdar.diffusion.noise import NoiseKey, draw_noise
 from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row
 
@@ -116,21 +116,12 @@ def inspect_dataset(request: InspectRequest, console: Console) -> None:
 
 def make_stream(request: InspectRequest, store: DocumentStore) -> RowStream:
     """The rows that training with this request's options takes from STORE."""
-    recipes = [dataset.metadata.recipe for dataset in store.datasets]
-    mask_history = bool(recipes[0].template.get("mask_history"))
-    mode = request.truncate_mode
-    if mode is None:
-        layouts = [source["layout"] for recipe in recipes for source in recipe.sources]
-        plain_text = all(layout["formatting"] == "text" for layout in layouts)
-        mode = "split" if plain_text else "cut"
     index = pack_documents(
         store.lengths,
         request.cutoff_len,
         request.block_length,
-        truncate_mode=mode,
-        cut_lengths=lambda places, limit: store.cut_lengths(
-            places, limit, mask_history=mask_history
-        ),
+        truncate_mode=request.truncate_mode or store.truncate_mode,
+        cut_lengths=store.cut_lengths,
     )
     metadata = store.datasets[0].metadata
     options = RowOptions(
@@ -140,7 +131,6 @@ def make_stream(request: InspectRequest, store: DocumentStore) -> RowStream:
         pad_token_id=metadata.pad_token_id,
         noise_eps=request.noise_eps,
         seed=request.seed,
-        mask_history=mask_history,
     )
     return RowStream([RowPart(store, index)], options)
 
@@ -158,7 +148,7 @@ def read_row(stream: RowStream, place: int, epoch: int) -> tuple[Row, list[Shown
     for number, (document, piece) in enumerate(
         zip(document_ids.tolist(), pieces.tolist(), strict=True)
     ):
-        kept, kept_labels = stream._kept(part, document, piece)
+        kept, kept_labels = stream.kept(part, document, piece)
         _, labels = pad_to_block(kept, kept_labels, options.block_length, options.pad_token_id)
         clean = int(row.segment_starts[number])
         noisy = int(row.segment_starts[len(document_ids) + number])

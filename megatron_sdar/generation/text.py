@@ -15,9 +15,9 @@ import torch
 
 from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
-from megatron_sdar.data.conversations import Conversation, Turn, require_unicode
-from megatron_sdar.data.template import TemplateOptions, conversation_pieces
-from megatron_sdar.data.tokenizer import END_OF_TEXT, SdarTokenizer, load_tokenizer
+from megatron_sdar.data.sources.conversations import Conversation, Turn, require_unicode
+from megatron_sdar.data.templates.template import TemplateOptions, conversation_pieces
+from megatron_sdar.data.tokenization.tokenizer import END_OF_TEXT, SdarTokenizer, load_tokenizer
 from megatron_sdar.generation.sampler import GenerationResult, SamplerConfig, generate
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage

@@ -15,18 +15,22 @@ import numpy as np
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import DataConfig, SdarConfig
 from megatron_sdar.config_weights import parse_blend, parse_numbers
-from megatron_sdar.data.blend import BlendSchedule
-from megatron_sdar.data.build_options import BuildOptions
-from megatron_sdar.data.builder import ensure_dataset
-from megatron_sdar.data.chat_template import load_chat_template, load_template_tokens
-from megatron_sdar.data.documents import DocumentStore, interleave_documents, split_documents
-from megatron_sdar.data.loader import RowLoader, RowOptions
-from megatron_sdar.data.metadata import Recipe, read_metadata
-from megatron_sdar.data.packing import PackedIndex, pack_documents
-from megatron_sdar.data.sources import DatasetSpec, resolve_datasets
-from megatron_sdar.data.template import TemplateOptions
-from megatron_sdar.data.tokenizer import load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.building.build_options import BuildOptions
+from megatron_sdar.data.building.builder import ensure_dataset
+from megatron_sdar.data.loading.blend import BlendSchedule
+from megatron_sdar.data.loading.documents import (
+    DocumentStore,
+    interleave_documents,
+    split_documents,
+)
+from megatron_sdar.data.loading.loader import RowLoader, RowOptions
+from megatron_sdar.data.loading.packing import PackedIndex, pack_documents
+from megatron_sdar.data.sources.datasets import DatasetSpec, resolve_datasets
+from megatron_sdar.data.storage.metadata import read_metadata
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.templates.chat_template import load_chat_template, load_template_tokens
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
 
@@ -38,14 +42,10 @@ class TrainingDocuments:
     Attributes:
         train: one store, or with mix_strategy blend one per dataset; selections of one store.
         validation: documents held out by val_size, if any.
-        mask_history: whether the tokens were labelled on the last turn only.
-        plain_text: whether the tokens are continued-pretraining text.
     """
 
     train: tuple[DocumentStore, ...]
     validation: DocumentStore | None
-    mask_history: bool
-    plain_text: bool
 
 
 def tokenizer_path(config: SdarConfig) -> str:
@@ -95,38 +95,26 @@ def prepare_documents(
     else:
         prefixes = run_on_main(lambda: _tokenise(config, say), mesh)
     store = DocumentStore([TokenizedDataset(prefix) for prefix in prefixes])
-    recipes = [dataset.metadata.recipe for dataset in store.datasets]
-    train, validation = _choose(store, config)
-    return TrainingDocuments(
-        train=train,
-        validation=validation,
-        mask_history=bool(recipes[0].template.get("mask_history")),
-        plain_text=all(_is_plain_text(recipe) for recipe in recipes),
-    )
+    return TrainingDocuments(*_choose(store, config))
 
 
 def pack(config: SdarConfig, arch: Architecture, documents: TrainingDocuments) -> list[PackedIndex]:
     """Assign the documents of every training store to rows; the same on every rank."""
     assert arch.block_size is not None, "validated"
     data = config.data
-    mode = data.truncate_mode or ("split" if documents.plain_text else "cut")
-
-    def pack_store(store: DocumentStore) -> PackedIndex:
-        assert arch.block_size is not None
-        return pack_documents(
+    return [
+        pack_documents(
             store.lengths,
             data.cutoff_len,
             arch.block_size,
-            truncate_mode=mode,
+            truncate_mode=data.truncate_mode or store.truncate_mode,
             packing=data.neat_packing,
             algorithm=data.packing_algorithm,
-            cut_lengths=lambda places, limit: store.cut_lengths(
-                places, limit, mask_history=documents.mask_history
-            ),
+            cut_lengths=store.cut_lengths,
             num_workers=data.preprocessing_num_workers or 1,
         )
-
-    return [pack_store(store) for store in documents.train]
+        for store in documents.train
+    ]
 
 
 def describe_pack(
@@ -184,7 +172,6 @@ def make_loader(
             noise_eps=config.diffusion.noise_eps,
             seed=training.seed,
             shuffle=not data.disable_shuffling,
-            mask_history=documents.mask_history,
         ),
         rows_per_micro_batch=training.per_device_train_batch_size,
         num_micro_batches=training.gradient_accumulation_steps,
@@ -223,10 +210,6 @@ def _choose(
     return (store if validation is None else store.select(ids),), validation
 
 
-def _is_plain_text(recipe: Recipe) -> bool:
-    return all(source["layout"]["formatting"] == "text" for source in recipe.sources)
-
-
 def _check_recipe(prefix: str, config: SdarConfig) -> None:
     """Refuse options that the token files at `prefix` were not made with.
 
@@ -243,7 +226,7 @@ def _check_recipe(prefix: str, config: SdarConfig) -> None:
         for key in keys
         if getattr(data, key) not in (found[key], getattr(defaults, key))
     ]
-    if config.training.stage == "pt" and not _is_plain_text(recipe):
+    if config.training.stage == "pt" and not recipe.is_plain_text:
         problems.append("stage is 'pt', the files hold conversations")
     if problems:
         raise ValueError(

@@ -25,7 +25,7 @@ from megatron_sdar.checkpoint.run_directory import (
     resolve_resume,
 )
 from megatron_sdar.config import SdarConfig
-from megatron_sdar.data.loader import RowLoader
+from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize
 from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps

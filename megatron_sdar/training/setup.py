@@ -13,8 +13,8 @@ from sdar_kernels.attention import resolve_backend
 
 from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
 from megatron_sdar.config import SdarConfig
-from megatron_sdar.data.metadata import read_metadata
-from megatron_sdar.data.tokenizer import load_tokenizer
+from megatron_sdar.data.storage.metadata import read_metadata
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage
 from megatron_sdar.model.weights import materialize

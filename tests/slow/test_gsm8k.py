@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdar.architecture import Architecture, load_architecture
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
-from megatron_sdar.data.loader import DocumentStore, RowLoader, RowOptions
-from megatron_sdar.data.packing import pack_documents
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.loading.loader import DocumentStore, RowLoader, RowOptions
+from megatron_sdar.data.loading.packing import pack_documents
+from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.diffusion.rows import Row
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import ModelOptions, SdarStage

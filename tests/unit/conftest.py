@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sdar.data.demo import make_demo_data
-from megatron_sdar.data.sources import DatasetSpec, dataset_from_file
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.sources.datasets import DatasetSpec, dataset_from_file
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_sdar.data.records import Record
-from megatron_sdar.data.spans import read_span, split_file
+from megatron_sdar.data.readers.records import Record
+from megatron_sdar.data.readers.spans import read_span, split_file
 
 WHOLE = 10**12
 

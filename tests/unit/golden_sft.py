@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sdar.data.conversations import Conversation, PlainText, read_document
-from megatron_sdar.data.dataset_info import read_dataset_info
-from megatron_sdar.data.template import TemplateOptions
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.sources.conversations import Conversation, PlainText, read_document
+from megatron_sdar.data.sources.dataset_info import read_dataset_info
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 GOLDEN = SHARED / "data" / "golden" / "sft.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sdar.data.indexed_writer import IndexedWriter
+from megatron_sdar.data.storage.indexed_writer import IndexedWriter
 
 GOLDEN_IDX = bytes.fromhex(
     "4d4d49444944580000"

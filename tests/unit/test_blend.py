@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sdar.data.blend import BlendSchedule
+from megatron_sdar.data.loading.blend import BlendSchedule
 
 WEIGHTS = st.lists(
     st.one_of(st.just(0.0), st.integers(1, 20).map(float), st.floats(1e-6, 1e6)),

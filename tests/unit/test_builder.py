@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from unit.token_builds import PAIRS, TEMPLATE, add_line, build, files
 
-from megatron_sdar.data import build_progress, builder, part
-from megatron_sdar.data.build_progress import BuildProgress
-from megatron_sdar.data.conversations import read_document
-from megatron_sdar.data.indexed import IndexedDataset
-from megatron_sdar.data.metadata import metadata_path
-from megatron_sdar.data.sources import Columns, DatasetSpec, Layout, dataset_from_file
-from megatron_sdar.data.spans import read_file
-from megatron_sdar.data.summary import summarize_dataset
-from megatron_sdar.data.template import TemplateOptions, encode_conversation
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.building import build_progress, builder, part
+from megatron_sdar.data.building.build_progress import BuildProgress
+from megatron_sdar.data.building.summary import summarize_dataset
+from megatron_sdar.data.readers.spans import read_file
+from megatron_sdar.data.sources.conversations import read_document
+from megatron_sdar.data.sources.datasets import Columns, DatasetSpec, Layout, dataset_from_file
+from megatron_sdar.data.storage.indexed import IndexedDataset
+from megatron_sdar.data.storage.metadata import metadata_path
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.templates.template import TemplateOptions, encode_conversation
 
 
 def conversations(spec: DatasetSpec) -> list:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from unit.token_builds import add_line, build, edit_metadata, files
 
-from megatron_sdar.data import part_pool
-from megatron_sdar.data.shards import merge_shards, shard_prefix
-from megatron_sdar.data.tokenizer import SdarTokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.building import part_pool
+from megatron_sdar.data.building.shards import merge_shards, shard_prefix
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 ROOT = Path(__file__).parents[2]
 PART_BYTES = 500

@@ -3,12 +3,12 @@
 import pytest
 from unit.token_builds import PAIRS, SUFFIXES, TEMPLATE, add_line, build, ensure, files
 
-from megatron_sdar.data import builder, shards
+from megatron_sdar.data.building import builder, shards
 from megatron_sdar.data.demo import make_demo_data
-from megatron_sdar.data.sources import DatasetSpec, dataset_from_file
-from megatron_sdar.data.template import TemplateOptions
-from megatron_sdar.data.tokenizer import load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.sources.datasets import DatasetSpec, dataset_from_file
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron_sdar.data.byte_level_bpe import (
+from megatron_sdar.data.demo import train_tokenizer
+from megatron_sdar.data.tokenization.byte_level_bpe import (
     ByteLevelBpe,
     byte_characters,
     read_byte_level_bpe,
 )
-from megatron_sdar.data.character_kinds import (
+from megatron_sdar.data.tokenization.character_kinds import (
     COMPOSING,
     PLAIN,
     UNKNOWN,
     character_kinds,
     differing_characters,
 )
-from megatron_sdar.data.demo import train_tokenizer
-from megatron_sdar.data.fast_tokenizer import FastEncoder, build_fast_encoder
-from megatron_sdar.data.merge_order import reachable_merges
+from megatron_sdar.data.tokenization.fast_tokenizer import FastEncoder, build_fast_encoder
+from megatron_sdar.data.tokenization.merge_order import reachable_merges
 
 
 def demo_spec() -> dict[str, Any]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 from unit.golden_sft import QWEN3
 
-from megatron_sdar.data.chat_template import load_chat_template, split_conversation
-from megatron_sdar.data.conversations import Conversation, Turn, read_document
-from megatron_sdar.data.layouts import OPENAI_TAGS, Columns, Layout
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.template import Piece, TemplateOptions, document_pieces
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.sources.conversations import Conversation, Turn, read_document
+from megatron_sdar.data.sources.layouts import OPENAI_TAGS, Columns, Layout
+from megatron_sdar.data.templates.chat_template import load_chat_template, split_conversation
+from megatron_sdar.data.templates.template import Piece, TemplateOptions, document_pieces
 
 THOUGHT = "<think>\nt\n</think>\n\n"
 EMPTY = "<think>\n\n</think>\n\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sdar.data.chat_template import load_chat_template, load_template_tokens
+from megatron_sdar.data.templates.chat_template import load_chat_template, load_template_tokens
 
 
 def write(folder: Path, **files: object) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_sdar.data.conversations import (
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.sources.conversations import (
     Columns,
     Conversation,
     Layout,
@@ -11,8 +12,7 @@ from megatron_sdar.data.conversations import (
     Turn,
     read_document,
 )
-from megatron_sdar.data.layouts import OPENAI_TAGS
-from megatron_sdar.data.records import RecordError
+from megatron_sdar.data.sources.layouts import OPENAI_TAGS
 
 ALPACA = Layout()
 FULL_ALPACA = Layout("alpaca", Columns("p", "q", "r", history="h", system="s", tools="t"))

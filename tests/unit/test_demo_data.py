@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sdar.data.conversations import read_document
 from megatron_sdar.data.demo import make_demo_data, make_records
-from megatron_sdar.data.sources import Conversation, Turn, read_dataset_info
-from megatron_sdar.data.spans import read_file
-from megatron_sdar.data.template import TemplateOptions, conversation_pieces, encode_conversation
-from megatron_sdar.data.tokenizer import load_tokenizer
+from megatron_sdar.data.readers.spans import read_file
+from megatron_sdar.data.sources.conversations import read_document
+from megatron_sdar.data.sources.datasets import Conversation, Turn, read_dataset_info
+from megatron_sdar.data.templates.template import (
+    TemplateOptions,
+    conversation_pieces,
+    encode_conversation,
+)
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.token_lists import TokenList, random_documents
 
-from megatron_sdar.data.documents import (
+from megatron_sdar.data.loading.documents import (
     DocumentStore,
     interleave_documents,
     split_documents,
 )
-from megatron_sdar.data.truncation import cut_turns
+from megatron_sdar.data.loading.truncation import cut_turns
 
 
 @pytest.fixture
@@ -92,9 +92,10 @@ def test_cut_lengths_are_what_cutting_leaves(mask_history: bool) -> None:
     rng = np.random.default_rng(0)
     turns = [rng.integers(0, 30, size=2 * int(rng.integers(1, 5))).tolist() for _ in range(40)]
     store = DocumentStore([TokenList([[1, 1]]), TokenList(turns)])
+    store.datasets[1].metadata.recipe.template["mask_history"] = mask_history
     part = store.select(store.ids_of(1))
     positions = np.array([3, 17, 39])
-    found = part.cut_lengths(positions, 20, mask_history=mask_history)
+    found = part.cut_lengths(positions, 20)
     expected = [sum(b - a for a, b in cut_turns(turns[p], 20, mask_history)) for p in positions]
     assert found.tolist() == expected
     assert max(expected) == 20

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from megatron_sdar.data import tokenizer as tokenizer_module
-from megatron_sdar.data.byte_level_bpe import SPLIT_CLASSES
 from megatron_sdar.data.demo import make_records, train_tokenizer
-from megatron_sdar.data.fast_tokenizer import (
+from megatron_sdar.data.tokenization import tokenizer as tokenizer_module
+from megatron_sdar.data.tokenization.byte_level_bpe import SPLIT_CLASSES
+from megatron_sdar.data.tokenization.fast_tokenizer import (
     FastEncoder,
     build_fast_encoder,
     check_texts,
     cross_check,
 )
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 QWEN3 = SHARED / "tokenizer" / "qwen3"
@@ -206,7 +206,7 @@ def test_large_batches_are_cut_by_characters(pair, monkeypatch):
     texts = ["the shop " * 3, "a", "b<think>" * 5, "", "c", "d" * 20, "e"]
     batches = []
     encode_batch = FastEncoder._encode_batch
-    monkeypatch.setattr("megatron_sdar.data.fast_tokenizer._BATCH_CHARACTERS", 20)
+    monkeypatch.setattr("megatron_sdar.data.tokenization.fast_tokenizer._BATCH_CHARACTERS", 20)
     monkeypatch.setattr(
         FastEncoder,
         "_encode_batch",

@@ -17,9 +17,9 @@ from distributed.layouts import Layout
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sdar.data.conversations import Conversation, Turn
-from megatron_sdar.data.template import TemplateOptions, encode_conversation
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.sources.conversations import Conversation, Turn
+from megatron_sdar.data.templates.template import TemplateOptions, encode_conversation
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 from megatron_sdar.generation.sampler import generate
 from megatron_sdar.generation.text import (
     TextRequest,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.indexed_files import GOLDEN_IDX, write_golden, write_plain
 
-from megatron_sdar.data.indexed import IndexedDataset, token_dtype
-from megatron_sdar.data.indexed_writer import IndexedWriter, concatenate
+from megatron_sdar.data.storage.indexed import IndexedDataset, token_dtype
+from megatron_sdar.data.storage.indexed_writer import IndexedWriter, concatenate
 
 
 def test_golden_bytes(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.indexed_files import GOLDEN_IDX, write_golden, write_plain
 
-from megatron_sdar.data.indexed import IndexedDataset
+from megatron_sdar.data.storage.indexed import IndexedDataset
 
 
 def test_missing_files(tmp_path):

@@ -12,7 +12,6 @@ from unit.token_builds import build
 
 import megatron_sdar
 from megatron_sdar.data.demo import make_demo_data
-from megatron_sdar.data.documents import DocumentStore
 from megatron_sdar.data.inspection import (
     ANSWER,
     PADDING,
@@ -26,12 +25,12 @@ from megatron_sdar.data.inspection import (
     printable,
     read_row,
 )
-from megatron_sdar.data.loader import RowLoader, RowOptions
-from megatron_sdar.data.packing import pack_documents
-from megatron_sdar.data.sources import Columns, DatasetSpec, Layout
-from megatron_sdar.data.template import TemplateOptions
-from megatron_sdar.data.tokenizer import load_tokenizer
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.loader import RowLoader, RowOptions
+from megatron_sdar.data.loading.packing import pack_documents
+from megatron_sdar.data.sources.datasets import Columns, DatasetSpec, Layout
+from megatron_sdar.data.storage.tokens import TokenizedDataset
+from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 ROOT = Path(megatron_sdar.__file__).parents[1]
 CUTOFF = 256
@@ -39,7 +38,7 @@ CUTOFF = 256
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """Token files chat, history (mask_history) and text (plain text) of one tokenizer."""
+    """Token files chat and text (plain text) of one tokenizer."""
     folder = tmp_path_factory.mktemp("inspect")
     make_demo_data(folder, 120)
     (folder / "text.txt").write_text("\n".join("ab cd " * n for n in (3, 200, 40)) + "\n")
@@ -49,7 +48,6 @@ def demo(tmp_path_factory) -> Path:
     )
     text = DatasetSpec("text", (folder / "text.txt",), Layout("text", Columns("text")), ())
     build([chat], folder / "chat", tokenizer)
-    build([chat], folder / "history", tokenizer, TemplateOptions(mask_history=True))
     build([text], folder / "text", tokenizer)
     return folder
 
@@ -167,11 +165,6 @@ def test_plain_text_is_split_as_in_training_and_every_piece_is_shown(demo):
     assert sum(int(count) for _, count in heads) == tokens
     assert "0 documents cut, 1 split, 0 dropped" in text
     assert "1 documents cut, 0 split" in printed(request(demo, "text", truncate_mode="cut"))
-
-
-def test_mask_history_of_the_build_decides_what_a_cut_keeps(demo):
-    assert make_stream(request(demo, "history"), store_of(demo, "history")).options.mask_history
-    assert not make_stream(request(demo), store_of(demo, "chat")).options.mask_history
 
 
 def store_of(demo: Path, name: str) -> DocumentStore:

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.golden_sft import golden, require_golden, require_qwen3
 
-from megatron_sdar.data.conversations import Conversation, Turn
-from megatron_sdar.data.llamafactory import (
+from megatron_sdar.data.loading.llamafactory import (
     greedy_knapsack,
     knapsack_indices,
     pack_like_llamafactory,
     packed_rows,
     supervised_sample,
 )
-from megatron_sdar.data.template import TemplateOptions, document_pieces, piece_turns
-from megatron_sdar.data.tokenizer import SdarTokenizer
+from megatron_sdar.data.sources.conversations import Conversation, Turn
+from megatron_sdar.data.templates.template import TemplateOptions, document_pieces, piece_turns
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 PAD = 151643
 IGNORED = -100

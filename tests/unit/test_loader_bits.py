@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from unit.token_lists import MASK_ID, OPTIONS, PAD_ID, pack, random_documents, same
 
-from megatron_sdar.data.documents import DocumentStore
-from megatron_sdar.data.loader import RowLoader, RowOptions
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.loader import RowLoader, RowOptions
 from megatron_sdar.diffusion.rows import Row
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from unit.token_lists import OPTIONS, make_loader, pack, random_documents, same
 
-from megatron_sdar.data.blend import BlendSchedule
-from megatron_sdar.data.documents import DocumentStore
-from megatron_sdar.data.loader import RowLoader
+from megatron_sdar.data.loading.blend import BlendSchedule
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.diffusion.noise import epoch_order
 
 FIRST_WEIGHTS = [(0, [3.0, 1.0, 0.0])]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from unit.token_lists import TokenList, make_loader, random_documents, same
 
-from megatron_sdar.data.loader import RowLoader
+from megatron_sdar.data.loading.loader import RowLoader
 
 TESTS = Path(__file__).resolve().parents[1]
 AHEAD = [{"prefetch": True}, {"num_workers": 1}, {"num_workers": 2}]
@@ -180,7 +180,7 @@ def test_waiting_is_counted() -> None:
 
 
 def test_reading_data_needs_no_torch() -> None:
-    script = "import sys, megatron_sdar.data.loader; print('torch' in sys.modules)"
+    script = "import sys, megatron_sdar.data.loading.loader; print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", script],
         cwd=TESTS.parent,

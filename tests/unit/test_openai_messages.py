@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_sdar.data.conversations import Columns, Conversation, Layout, read_document
-from megatron_sdar.data.layouts import OPENAI_TAGS, Tags
-from megatron_sdar.data.records import RecordError
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.sources.conversations import Columns, Conversation, Layout, read_document
+from megatron_sdar.data.sources.layouts import OPENAI_TAGS, Tags
 
 LAYOUT = Layout("openai", Columns(messages="messages", system="sys", tools="tools"), OPENAI_TAGS)
 USER = {"role": "user", "content": "q"}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sdar.data.packing import PackedIndex, pack_documents
-from megatron_sdar.data.summary import format_fill
+from megatron_sdar.data.building.summary import format_fill
+from megatron_sdar.data.loading.packing import PackedIndex, pack_documents
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 

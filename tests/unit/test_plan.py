@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.token_builds import PAIRS, build
 
-from megatron_sdar.data.plan import Part, choose_part_bytes, plan_parts
-from megatron_sdar.data.sources import DatasetSpec, Layout
-from megatron_sdar.data.spans import read_span
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.building.plan import Part, choose_part_bytes, plan_parts
+from megatron_sdar.data.readers.spans import read_span
+from megatron_sdar.data.sources.datasets import DatasetSpec, Layout
+from megatron_sdar.data.storage.tokens import TokenizedDataset
 
 
 def write_spec(folder: Path, name: str, sizes: list[int], num_samples=None) -> DatasetSpec:

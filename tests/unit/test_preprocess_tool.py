@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unit.token_builds import files
 
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.storage.tokens import TokenizedDataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,9 +86,10 @@ def test_tool_needs_a_tokenizer_and_a_shard_that_is_one(demo, tmp_path):
     assert bad.stderr.startswith("error: --shard one: give I/N")
 
 
-def test_tool_imports_neither_torch_nor_transformers():
+def test_worker_processes_import_nothing_heavy():
     code = (
-        "import sys, megatron_sdar.data.builder; print({'torch', 'transformers'} & {*sys.modules})"
+        "import sys, megatron_sdar.data.building.builder\n"
+        "print({'torch', 'transformers', 'pyarrow'} & {*sys.modules})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr

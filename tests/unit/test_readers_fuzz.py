@@ -14,11 +14,11 @@ from data_files import read, write
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_sdar.data.conversations import Layout, read_document
-from megatron_sdar.data.layouts import OPENAI_TAGS, Columns
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.sources import dataset_from_file
-from megatron_sdar.data.spans import count_records, split_file
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.readers.spans import count_records, split_file
+from megatron_sdar.data.sources.conversations import Layout, read_document
+from megatron_sdar.data.sources.datasets import dataset_from_file
+from megatron_sdar.data.sources.layouts import OPENAI_TAGS, Columns
 
 RECORDS = [
     {

@@ -5,8 +5,9 @@ import json
 import pytest
 from data_files import write
 
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.sources import (
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.readers.spans import read_file
+from megatron_sdar.data.sources.datasets import (
     Conversation,
     DatasetSpec,
     PlainText,
@@ -15,7 +16,6 @@ from megatron_sdar.data.sources import (
     read_document,
     resolve_datasets,
 )
-from megatron_sdar.data.spans import read_file
 
 GOOD = {"instruction": "q", "input": "", "output": "a"}
 MESSAGES = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]

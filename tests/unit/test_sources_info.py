@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from data_files import write
 
-from megatron_sdar.data.layouts import Columns, Layout, Tags
-from megatron_sdar.data.sources import DatasetSpec, read_dataset_info
+from megatron_sdar.data.sources.datasets import DatasetSpec, read_dataset_info
+from megatron_sdar.data.sources.layouts import Columns, Layout, Tags
 
 GOOD = {"instruction": "q", "output": "a"}
 SHAREGPT = {"formatting": "sharegpt"}

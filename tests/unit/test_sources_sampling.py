@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_sdar.data.sampling import sample_counts
+from megatron_sdar.data.sources.sampling import sample_counts
 
 
 @pytest.mark.parametrize(("records", "samples"), [(1, 1), (10, 3), (10, 9), (1000, 1), (7, 7)])
@@ -55,7 +55,7 @@ def test_the_draw_does_not_change_between_versions():
 
 def test_equal_words_are_taken_in_order(monkeypatch):
     words = np.array([5, 1, 5, 5, 9], dtype=np.uint64)
-    monkeypatch.setattr("megatron_sdar.data.sampling.philox_words", lambda *_: words)
+    monkeypatch.setattr("megatron_sdar.data.sources.sampling.philox_words", lambda *_: words)
     assert sample_counts(5, 3, 0, "a").tolist() == [1, 1, 1, 0, 0]
 
 

@@ -10,9 +10,15 @@ from data_files import WHOLE, places, read, values, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_sdar.data import json_list, line_files, streams
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.spans import count_records, data_suffix, read_file, read_span, split_file
+from megatron_sdar.data.readers import json_list, line_files, streams
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.readers.spans import (
+    count_records,
+    data_suffix,
+    read_file,
+    read_span,
+    split_file,
+)
 
 PROPERTY = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

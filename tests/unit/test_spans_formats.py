@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from data_files import WHOLE, places, read, values, write, zstd
 
-from megatron_sdar.data import tables
-from megatron_sdar.data.records import RecordError, SkipReport
-from megatron_sdar.data.spans import count_records, read_file, read_span, split_file
-from megatron_sdar.data.streams import ByteStream
+from megatron_sdar.data.readers import tables
+from megatron_sdar.data.readers.records import RecordError, SkipReport
+from megatron_sdar.data.readers.spans import count_records, read_file, read_span, split_file
+from megatron_sdar.data.readers.streams import ByteStream
 
 RECORDS = [
     {

@@ -17,7 +17,7 @@ from megatron_sdar.training.loop import steps_between
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
 from megatron_sdar.training.plot import plot_loss, read_log, smooth
 
-RECORD = StepRecord(1, 2.5, 1.0, 1e-3, 0.5, 100.0, 300.0)
+RECORD = StepRecord(1, 2.5, 1.0, 1e-3, 0.5, 100.0, 300.0, 0.01)
 
 
 @pytest.mark.usefixtures("single_process")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from unit.golden_sft import golden, read_case, require_golden, require_qwen3, template_options
 
-from megatron_sdar.data.conversations import Conversation, PlainText, Turn
 from megatron_sdar.data.demo import train_tokenizer
-from megatron_sdar.data.packing import pad_to_block
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.template import (
+from megatron_sdar.data.loading.packing import pad_to_block
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.sources.conversations import Conversation, PlainText, Turn
+from megatron_sdar.data.templates.template import (
     Piece,
     TemplateOptions,
     document_pieces,
@@ -22,7 +22,7 @@ from megatron_sdar.data.template import (
     join_pieces,
     piece_turns,
 )
-from megatron_sdar.data.tokenizer import SdarTokenizer
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -5,8 +5,8 @@ import time
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_sdar.data import jinja_sandbox
-from megatron_sdar.data.jinja_sandbox import ChatTemplateError, JinjaTemplate
+from megatron_sdar.data.templates import jinja_sandbox
+from megatron_sdar.data.templates.jinja_sandbox import ChatTemplateError, JinjaTemplate
 
 MESSAGES = [
     {"role": "user", "content": " <hé> & 'x'\n"},

@@ -3,10 +3,14 @@
 import pytest
 from unit.golden_sft import golden, read_case, require_qwen3, template_options
 
-from megatron_sdar.data.conversations import Conversation, Turn
-from megatron_sdar.data.records import RecordError
-from megatron_sdar.data.template import TemplateOptions, document_pieces, encode_conversation
-from megatron_sdar.data.tokenizer import SdarTokenizer
+from megatron_sdar.data.readers.records import RecordError
+from megatron_sdar.data.sources.conversations import Conversation, Turn
+from megatron_sdar.data.templates.template import (
+    TemplateOptions,
+    document_pieces,
+    encode_conversation,
+)
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 CALL = '{"name": "f", "arguments": {}}'

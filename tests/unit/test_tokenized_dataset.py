@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from unit.token_builds import build, edit_metadata
 
-from megatron_sdar.data.indexed_writer import IndexedWriter
-from megatron_sdar.data.metadata import metadata_path
-from megatron_sdar.data.tokens import TokenizedDataset
+from megatron_sdar.data.storage.indexed_writer import IndexedWriter
+from megatron_sdar.data.storage.metadata import metadata_path
+from megatron_sdar.data.storage.tokens import TokenizedDataset
 
 
 def test_metadata_problems_are_named(spec, tokenizer, tmp_path):

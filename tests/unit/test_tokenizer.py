@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from megatron_sdar.data.demo import make_demo_data, train_tokenizer
-from megatron_sdar.data.tokenizer import SdarTokenizer, load_tokenizer
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 
 QWEN3 = Path(__file__).parents[3] / "shared" / "tokenizer" / "qwen3"
 

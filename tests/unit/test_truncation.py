@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.golden_sft import golden
 
-from megatron_sdar.data.truncation import cut_turns, infer_seqlen
+from megatron_sdar.data.loading.truncation import cut_turns, infer_seqlen
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=2, max_size=12).map(lambda it: it[: len(it) & ~1])
 

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from megatron_sdar.data.build_options import BuildOptions
-from megatron_sdar.data.builder import build_dataset, ensure_dataset
-from megatron_sdar.data.metadata import metadata_path
-from megatron_sdar.data.sources import Columns, DatasetSpec, Layout
-from megatron_sdar.data.summary import BuildSummary
-from megatron_sdar.data.template import TemplateOptions
+from megatron_sdar.data.building.build_options import BuildOptions
+from megatron_sdar.data.building.builder import build_dataset, ensure_dataset
+from megatron_sdar.data.building.summary import BuildSummary
+from megatron_sdar.data.sources.datasets import Columns, DatasetSpec, Layout
+from megatron_sdar.data.storage.metadata import metadata_path
+from megatron_sdar.data.templates.template import TemplateOptions
 
 SUFFIXES = (
     ".bin", ".idx", ".labels.bin", ".labels.idx", ".turns.bin", ".turns.idx", ".json",

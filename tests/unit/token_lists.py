@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sdar.data.documents import DocumentStore
-from megatron_sdar.data.loader import RowLoader, RowOptions
-from megatron_sdar.data.packing import PackedIndex, pack_documents
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.loader import RowLoader, RowOptions
+from megatron_sdar.data.loading.packing import PackedIndex, pack_documents
 
 MASK_ID, PAD_ID, CUTOFF, BLOCK = 999, 998, 128, 4
 OPTIONS = RowOptions(CUTOFF, BLOCK, MASK_ID, PAD_ID, 1e-3, seed=3)
@@ -26,7 +26,11 @@ class TokenList:
     def __init__(self, turns: Sequence[Sequence[int]], name: str = "data") -> None:
         self.prefix = name
         self.metadata = SimpleNamespace(
-            mask_token_id=MASK_ID, pad_token_id=PAD_ID, vocab_size=1000, fingerprint=name * 16
+            mask_token_id=MASK_ID,
+            pad_token_id=PAD_ID,
+            vocab_size=1000,
+            fingerprint=name * 16,
+            recipe=SimpleNamespace(template={"mask_history": False}, is_plain_text=False),
         )
         self._turns = [np.array(each, dtype=np.int32) for each in turns]
         self._lengths = np.array([each.sum() for each in self._turns], dtype=np.int32)
@@ -65,7 +69,7 @@ def pack(store: DocumentStore, truncate_mode: str = "cut", cutoff_len: int = CUT
         cutoff_len,
         BLOCK,
         truncate_mode=truncate_mode,
-        cut_lengths=lambda ids, limit: store.cut_lengths(ids, limit, mask_history=False),
+        cut_lengths=store.cut_lengths,
     )
 
 

@@ -1,0 +1,1 @@
+"""Datasets to token files: in parts, on many processes and machines."""

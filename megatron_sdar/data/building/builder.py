@@ -1,0 +1,205 @@
+"""Datasets to token files: plan, build the parts, put them together, say what came out.
+
+Owns the build of a TokenizedDataset and the decision whether one that exists may be reused. The
+files are the same bytes for every number of workers, for shards that are merged, and for a build
+that was killed and run again.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from megatron_sdar.data.building.build_options import BuildOptions, make_recipe, source_bytes
+from megatron_sdar.data.building.build_progress import BuildProgress
+from megatron_sdar.data.building.part import PartReport, part_pieces
+from megatron_sdar.data.building.part_pool import PartBuilder, build_parts
+from megatron_sdar.data.building.plan import Part, choose_part_bytes, plan_parts
+from megatron_sdar.data.building.shards import check_target, join_parts, shard_prefix
+from megatron_sdar.data.building.summary import BuildSummary, summarize_dataset
+from megatron_sdar.data.building.work_directory import WorkDirectory
+from megatron_sdar.data.readers.records import RecordError, SkipReport
+from megatron_sdar.data.readers.spans import read_span
+from megatron_sdar.data.sources.datasets import DatasetSpec
+from megatron_sdar.data.storage.metadata import (
+    COUNTS,
+    Recipe,
+    TokenizedMetadata,
+    metadata_path,
+    read_metadata,
+)
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
+
+_SAMPLE_RECORDS = 64
+_SAMPLE_PARTS = 8
+
+
+def build_dataset(
+    specs: Sequence[DatasetSpec],
+    prefix: str | Path,
+    tokenizer: SdarTokenizer,
+    template: TemplateOptions,
+    options: BuildOptions,
+) -> BuildSummary:
+    """Tokenise SPECS into token files at PREFIX (a shard of it: at its shard_prefix).
+
+    A build that was interrupted goes on where it stopped when it is called again with the same
+    inputs. Raises ValueError for a bad record (file and line), when PREFIX exists (unless
+    overwrite) and when no document results. A failed build leaves what was there untouched.
+    """
+    if not specs:
+        raise ValueError("no dataset is given; name at least one")
+    target = str(prefix) if options.shard is None else shard_prefix(prefix, options.shard)
+    check_target(target, options.overwrite)
+    with BuildProgress(options.progress) as progress:
+        progress.stage("hashing", source_bytes(specs))
+        recipe = make_recipe(specs, tokenizer, template, options, progress.advance)
+        return _build(specs, target, tokenizer, template, options, recipe, progress)
+
+
+def ensure_dataset(
+    specs: Sequence[DatasetSpec],
+    prefix: str | Path,
+    tokenizer: SdarTokenizer,
+    template: TemplateOptions,
+    options: BuildOptions,
+    *,
+    rebuild_stale: bool = False,
+) -> BuildSummary:
+    """Like `build_dataset`, but reuse PREFIX when it was made from exactly the same inputs.
+
+    When PREFIX holds another dataset, it is replaced with REBUILD_STALE (a cache of the
+    caller's own); otherwise, and without overwrite, ValueError says what differs. The folder of
+    the source files may differ; their names and contents may not.
+    """
+    if metadata_path(prefix).exists() and not options.overwrite:
+        with BuildProgress(options.progress) as progress:
+            progress.stage("hashing", source_bytes(specs))
+            recipe = make_recipe(specs, tokenizer, template, options, progress.advance)
+        metadata = read_metadata(prefix)
+        differences = metadata.recipe.differences(recipe)
+        if metadata.skipped and options.on_error == "raise":
+            differences.append(
+                f"it was built leaving out {sum(metadata.skipped.values())} bad records"
+            )
+        if not differences:
+            return summarize_dataset(prefix)
+        if not rebuild_stale:
+            raise ValueError(
+                f"{prefix}.json: the token files were made differently: {'; '.join(differences)}; "
+                "build again with overwrite (overwrite_cache: true, or preprocess_data.py "
+                "--overwrite), or choose another prefix"
+            )
+        options = replace(options, overwrite=True)
+    return build_dataset(specs, prefix, tokenizer, template, options)
+
+
+def _build(
+    specs: Sequence[DatasetSpec],
+    target: str,
+    tokenizer: SdarTokenizer,
+    template: TemplateOptions,
+    options: BuildOptions,
+    recipe: Recipe,
+    progress: BuildProgress,
+) -> BuildSummary:
+    started = time.perf_counter()
+    part_bytes = options.part_bytes or choose_part_bytes(specs)
+    parts = dict(enumerate(plan_parts(specs, part_bytes, options.max_samples, options.seed)))
+    if options.shard is not None:
+        index, number = options.shard
+        first, stop = len(parts) * index // number, len(parts) * (index + 1) // number
+        parts = {i: parts[i] for i in range(first, stop)}
+    note = tokenizer.enable_fast(_sample_texts(specs, parts, template))
+    builder = PartBuilder(tuple(specs), tokenizer, template, options.on_error)
+    num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    key = {
+        "fingerprint": recipe.fingerprint(),
+        "part_bytes": part_bytes,
+        "on_error": options.on_error,
+    }
+    with WorkDirectory(target, key) as work:
+        reports = work.finished(parts)
+        resumed = len(reports)
+        left = {index: part for index, part in parts.items() if index not in reports}
+        progress.stage("tokenising", sum(part.num_bytes for part in left.values()))
+        prefixes = {index: work.part_prefix(index) for index in parts}
+        for index, report in build_parts(builder, left, prefixes, num_workers, progress.advance):
+            reports[index] = report
+        ordered = [(parts[index], reports[index]) for index in parts]
+        _check_columns(specs, ordered)
+        metadata = _metadata(tokenizer, recipe, [report for _, report in ordered])
+        if not metadata.num_documents and options.shard is None:
+            work.remove()
+            raise _no_documents(specs, metadata.skipped)
+        join_parts(list(prefixes.values()), target, metadata)
+        work.remove()
+    return replace(
+        summarize_dataset(target),
+        seconds=time.perf_counter() - started,
+        tokenizer_note=note,
+        num_parts=len(parts),
+        num_resumed_parts=resumed,
+    )
+
+
+def _sample_texts(
+    specs: Sequence[DatasetSpec], parts: Mapping[int, Part], template: TemplateOptions
+) -> list[str]:
+    """Real strings to try the fast tokenizer on: the first records of a few parts."""
+    texts: list[str] = []
+    chosen = list(parts.values())
+    for part in chosen[:: max(1, len(chosen) // _SAMPLE_PARTS)]:
+        for record in islice(read_span(part.spans[0]), _SAMPLE_RECORDS):
+            with suppress(RecordError):  # told when the part is built
+                texts += [p.text for p in part_pieces(specs[part.dataset], record, template)]
+    return texts
+
+
+def _check_columns(
+    specs: Sequence[DatasetSpec], reports: Sequence[tuple[Part, PartReport]]
+) -> None:
+    """An optional column that dataset_info.json names must turn up somewhere."""
+    for number, spec in enumerate(specs):
+        own = [report for part, report in reports if part.dataset == number]
+        good = [report for report in own if report.num_documents]
+        unseen = set(spec.explicit_columns).intersection(*(r.unseen_columns for r in good))
+        if good and unseen:
+            raise ValueError(
+                f"dataset {spec.name}: column {', '.join(map(repr, sorted(unseen)))} is in no "
+                f"record of {', '.join(map(str, spec.files))}; correct 'columns' in "
+                "dataset_info.json"
+            )
+
+
+def _metadata(
+    tokenizer: SdarTokenizer, recipe: Recipe, reports: Sequence[PartReport]
+) -> TokenizedMetadata:
+    skipped = SkipReport()
+    left_out: Counter[str] = Counter()
+    for report in reports:
+        left_out.update(report.left_out)
+        skipped.merge(SkipReport(counts=report.skipped, locations=report.skipped_locations))
+    return TokenizedMetadata(
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=tokenizer.vocab_size,
+        recipe=recipe,
+        left_out=dict(left_out),
+        skipped=skipped.counts,
+        skipped_locations=skipped.locations,
+        **{name: sum(getattr(report, name) for report in reports) for name in COUNTS},
+    )
+
+
+def _no_documents(specs: Sequence[DatasetSpec], skipped: Mapping[str, int]) -> ValueError:
+    names = ", ".join(spec.name for spec in specs)
+    left_out = "; ".join(f"{count} {reason}" for reason, count in skipped.items())
+    why = f"every record was skipped ({left_out})" if left_out else "the files are empty"
+    return ValueError(f"{names}: no document was read: {why}; correct the dataset")

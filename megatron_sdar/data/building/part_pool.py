@@ -1,0 +1,124 @@
+"""Parts of a build on several processes.
+
+Owns the processes. They are started fresh (a forked copy of a process with threads may hang) and
+get the tokenizer ready made. A worker never raises: it hands back its report or what went wrong,
+so that the first part that failed decides what the user reads, however many failed.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+
+from megatron_sdar.data.building.part import PartReport, build_part
+from megatron_sdar.data.building.plan import Part
+from megatron_sdar.data.sources.datasets import DatasetSpec
+from megatron_sdar.data.templates.template import TemplateOptions
+from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
+
+_POLL_SECONDS = 0.2
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PartBuilder:
+    """What every part of a build shares."""
+
+    specs: tuple[DatasetSpec, ...]
+    tokenizer: SdarTokenizer
+    options: TemplateOptions
+    on_error: str
+
+    def build(self, part: Part, prefix: str, on_progress: OnProgress) -> PartReport:
+        """Build PART at PREFIX. Raises ValueError with one message for the user."""
+        try:
+            return build_part(
+                part,
+                self.specs[part.dataset],
+                prefix,
+                self.tokenizer,
+                self.options,
+                self.on_error,
+                on_progress,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename or prefix}: {error.strerror or error}; the parts finished so "
+                "far are kept: mend this and run the same command again"
+            ) from error
+
+
+def build_parts(
+    builder: PartBuilder,
+    parts: Mapping[int, Part],
+    prefixes: Mapping[int, str],
+    num_workers: int,
+    on_progress: OnProgress,
+) -> Iterator[tuple[int, PartReport]]:
+    """Build PARTS (by index) on NUM_WORKERS processes; (index, report) as they are finished.
+
+    Raises ValueError when a part cannot be built; what is finished stays.
+    """
+    if num_workers == 1 or len(parts) <= 1:
+        for index, part in parts.items():
+            yield index, builder.build(part, prefixes[index], on_progress)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue: SimpleQueue[tuple[int, int]] = context.SimpleQueue()
+    executor = ProcessPoolExecutor(
+        min(num_workers, len(parts)), context, initializer=_start, initargs=(builder, queue)
+    )
+    try:
+        futures = {
+            executor.submit(_work, part, prefixes[index]): index for index, part in parts.items()
+        }
+        yield from _collect(futures, queue, on_progress)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process was killed (often for want of memory); the parts finished so far "
+            "are kept: run the same command again, with fewer workers"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(
+    futures: dict["Future[PartReport | str]", int],
+    queue: "SimpleQueue[tuple[int, int]]",
+    on_progress: OnProgress,
+) -> Iterator[tuple[int, PartReport]]:
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        while not queue.empty():
+            on_progress(*queue.get())
+        for future in sorted(done, key=lambda future: futures[future]):
+            result = future.result()
+            if isinstance(result, str):
+                raise ValueError(result)
+            yield futures[future], result
+
+
+class _Worker:
+    """State of a worker process, set once when it starts."""
+
+    builder: PartBuilder
+    queue: "SimpleQueue[tuple[int, int]]"
+
+
+def _start(builder: PartBuilder, queue: "SimpleQueue[tuple[int, int]]") -> None:
+    _Worker.builder = builder
+    _Worker.queue = queue
+
+
+def _work(part: Part, prefix: str) -> PartReport | str:
+    def tell(num_bytes: int, num_tokens: int) -> None:
+        _Worker.queue.put((num_bytes, num_tokens))
+
+    try:
+        return _Worker.builder.build(part, prefix, tell)
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,1 @@
+"""Token files to rows in training order."""

@@ -1,0 +1,146 @@
+"""Rows in training order, dealt out to data-parallel ranks.
+
+A step takes the next `rows_per_step` rows of the stream whatever the layout, so the only state
+is how many rows were taken (and which stream it was). Steps are built ahead by a thread or by
+worker processes, which changes nothing but the time that `next_step` takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sdar.data.loading.blend import BlendSchedule
+from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.packing import PackedIndex
+from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.loading.row_workers import ProcessesAhead, StepsAhead, ThreadAhead
+from megatron_sdar.diffusion.rows import Row, concatenate_rows
+
+__all__ = ["BlendSchedule", "DocumentStore", "RowLoader", "RowOptions", "RowPart", "RowStream"]
+
+
+class RowLoader:
+    """Micro-batches of one data-parallel rank.
+
+    Args:
+        store: the documents; for a blend one store per dataset, selections of the same one.
+        index: which documents share a row; for a blend one per dataset.
+        options: how rows are made.
+        rows_per_micro_batch: per_device_train_batch_size.
+        num_micro_batches: gradient_accumulation_steps.
+        dp_rank, dp_size: whose rows; micro-batch m of rank r takes the (m * dp_size + r)-th
+            group of rows of the step.
+        schedule: weights of a blend.
+        num_workers: processes that build steps ahead (dataloader_num_workers).
+        prefetch: with 0 workers, build the next step in a thread while the current one computes.
+
+    Attributes:
+        position: rows of the stream taken so far.
+        wait_seconds: time spent in `next_step`.
+
+    Raises:
+        ValueError: the schedule is not for this number of datasets.
+    """
+
+    def __init__(
+        self,
+        store: DocumentStore | Sequence[DocumentStore],
+        index: PackedIndex | Sequence[PackedIndex],
+        options: RowOptions,
+        *,
+        rows_per_micro_batch: int,
+        num_micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        schedule: BlendSchedule | None = None,
+        num_workers: int = 0,
+        prefetch: bool = False,
+    ) -> None:
+        stores = [store] if isinstance(store, DocumentStore) else store
+        indexes = [index] if isinstance(index, PackedIndex) else index
+        parts = [RowPart(*part) for part in zip(stores, indexes, strict=True)]
+        self.stream = RowStream(parts, options, schedule)
+        self.rows_per_micro_batch = rows_per_micro_batch
+        self.num_micro_batches = num_micro_batches
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.position = 0
+        self.wait_seconds = 0.0
+        self._ahead: StepsAhead | None = None
+        if num_workers:
+            self._ahead = ProcessesAhead(self.step_at, self.rows_per_step, num_workers)
+        elif prefetch:
+            self._ahead = ThreadAhead(self.step_at, self.rows_per_step)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return self.stream.num_rows
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows all data-parallel ranks take in one step."""
+        return self.rows_per_micro_batch * self.num_micro_batches * self.dp_size
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far; of a blend, rows taken over rows of all its datasets."""
+        return self.position / self.num_rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep: JSON, a few hundred bytes."""
+        return {"rows_taken": self.position, "stream": self.stream.identity(self.position)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's position.
+
+        Raises:
+            ValueError: the checkpoint's stream of rows is not this one, so its position would
+                repeat some documents and skip others.
+        """
+        position = int(state["rows_taken"])
+        ours, theirs = self.stream.identity(position), state["stream"]
+        changed = [
+            f"{key} was {theirs.get(key)!r}, now {value!r}"
+            for key, value in ours.items()
+            if theirs.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume: the data differs from the checkpoint's ({'; '.join(changed)}); "
+                "resume with the same data and keys, or start a new run (another output_dir, "
+                "model_name_or_path: the exported model)"
+            )
+        self.position = position
+
+    def next_step(self) -> list[Row]:
+        """This rank's micro-batches of the next step; advances the position."""
+        started = time.perf_counter()
+        build = self.step_at if self._ahead is None else self._ahead.take
+        batches = build(self.position)
+        self.position += self.rows_per_step
+        self.wait_seconds += time.perf_counter() - started
+        return batches
+
+    def step_at(self, position: int) -> list[Row]:
+        """This rank's micro-batches of the step that begins after `position` rows."""
+        size = self.rows_per_micro_batch
+        batches = []
+        for micro_batch in range(self.num_micro_batches):
+            first = position + (micro_batch * self.dp_size + self.dp_rank) * size
+            batches.append(concatenate_rows([self.stream.row_at(first + i) for i in range(size)]))
+        return batches
+
+    def make_row(self, document_ids: NDArray[np.int64], epoch: int) -> Row:
+        """One row of whole documents, see `RowStream.make_row`."""
+        return self.stream.make_row(document_ids, epoch)
+
+    def close(self) -> None:
+        """Stop the thread or the processes that build ahead."""
+        if self._ahead is not None:
+            self._ahead.close()

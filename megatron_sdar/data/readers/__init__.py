@@ -1,0 +1,1 @@
+"""Files to records: every format, with the place of each record."""

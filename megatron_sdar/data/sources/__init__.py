@@ -1,0 +1,1 @@
+"""Records to documents: datasets, their layouts, their columns."""

@@ -1,0 +1,1 @@
+"""Token files: Megatron-LM's format, labels and turns beside it, metadata."""

@@ -1,0 +1,1 @@
+"""Documents to the pieces of text that are tokenised apart."""

@@ -1,0 +1,1 @@
+"""Text to ids: the tokenizers library and its fast equal."""
