@@ -74,14 +74,14 @@ def body(text: str) -> str:
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_the_loader_gives_the_rows_that_are_shown(demo, epoch):
     tokenizer = load_tokenizer(demo / "model")
-    store = DocumentStore([TokenizedDataset(demo / "chat"), TokenizedDataset(demo / "history")])
+    store = DocumentStore([TokenizedDataset(demo / "chat"), TokenizedDataset(demo / "text")])
     index = pack_documents(store.lengths, CUTOFF, 8, truncate_mode="cut")
     options = RowOptions(CUTOFF, 8, tokenizer.mask_token_id, tokenizer.pad_token_id, 1e-3, seed=7)
     loader = RowLoader(
         store, index, options, rows_per_micro_batch=1, num_micro_batches=3, dp_rank=0, dp_size=1
     )
     rows = loader.step_at(epoch * len(index))
-    asked = request(demo, "chat", "history", rows=3, seed=7, epoch=epoch, block_length=8)
+    asked = request(demo, "chat", "text", rows=3, seed=7, epoch=epoch, block_length=8)
     text = printed(asked)
     targets = np.concatenate([row.target_ids for row in rows]).tolist()
     assert len(targets) > 100
