@@ -42,6 +42,8 @@ demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about t
 	$(PY) tools/make_demo_data.py --output-dir demo/data
 	$(PY) tools/preprocess_data.py --input demo/data/train.jsonl --tokenizer demo/data/model \
 	    --output-prefix demo/data/arithmetic --overwrite
+	$(PY) tools/inspect_data.py demo/data/arithmetic --tokenizer demo/data/model \
+	    --cutoff-len 512 --rows 1
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 4 \
 	    pretrain_sdar.py configs/tiny_cpu.yaml
 	$(PY) tools/generate.py --model demo/output --prompt '$(DEMO_PROMPT)' \

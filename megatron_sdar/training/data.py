@@ -244,6 +244,12 @@ def _tokenise(config: SdarConfig, say: Callable[[str], None]) -> list[str]:
     """Make the token files where they are not there yet; their prefixes."""
     data = config.data
     cache = data.tokenized_path or f"{config.training.output_dir}/tokenized/data"
+    if Path(cache).is_dir():
+        raise ValueError(
+            f"tokenized_path: {cache} is a folder, but here it is the prefix of token files (such "
+            f"as {cache}/tokens); a LLaMA-Factory cache of packed rows cannot be read, the "
+            "documents are tokenised again"
+        )
     specs = resolve_datasets(data.dataset, data.dataset_dir, config.training.stage)
     builds: list[tuple[str, list[DatasetSpec]]] = [(cache, specs)]
     if data.mix_strategy != "concat":

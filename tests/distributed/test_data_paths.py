@@ -106,6 +106,7 @@ def test_mixing_and_published_rows_are_honoured(demo, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"tokenized_path": "."}, "tokenized_path: . is a folder, but here it is the prefix of"),
         ({"val_size": 300}, "val_size 300.0 takes 300 of 300 documents for validation"),
         ({"dataset": "arithmetic,arithmetic_test", "mix_strategy": "interleave_over",
           "interleave_probs": "0.5,0.6"}, "interleave_probs"),

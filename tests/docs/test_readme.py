@@ -168,7 +168,9 @@ def demo_left_everything(checkout: Path, result: Result) -> None:
     for name in ("config.json", "tokenizer.json"):
         assert (output / name).exists(), name
     assert read_marker(output / "checkpoint-60").step == 60
-    assert "####" in result.stdout or "<think>" in result.stdout, "the decoded answer is shown"
+    before, _, after = result.stdout.partition("HF model")
+    assert "legend:" in before, "a packed row is shown"
+    assert "####" in after or "<think>" in after, "the decoded answer is shown"
 
 
 def data_is_tokenised(checkout: Path, result: Result) -> None:
