@@ -15,7 +15,7 @@ import numpy as np
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import DataConfig, SdarConfig
 from megatron_sdar.config_weights import parse_blend, parse_numbers
-from megatron_sdar.data.building.build_options import BuildOptions
+from megatron_sdar.data.building.build_options import BuildOptions, available_cores
 from megatron_sdar.data.building.builder import ensure_dataset
 from megatron_sdar.data.loading.blend import BlendSchedule
 from megatron_sdar.data.loading.documents import (
@@ -255,6 +255,13 @@ def _tokenise(config: SdarConfig, say: Callable[[str], None]) -> list[str]:
     if data.mix_strategy != "concat":
         builds = [(f"{cache}.{i}-{spec.name}", [spec]) for i, spec in enumerate(specs)]
     tokenizer = load_tokenizer(tokenizer_path(config))
+    cores = available_cores()
+    num_workers = min(data.preprocessing_num_workers or cores, cores)
+    if (data.preprocessing_num_workers or 0) > cores:
+        say(
+            f"preprocessing_num_workers: {data.preprocessing_num_workers} is more than the "
+            f"{cores} cores here; {num_workers} are used"
+        )
     for prefix, chosen in builds:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         summary = ensure_dataset(
@@ -263,7 +270,7 @@ def _tokenise(config: SdarConfig, say: Callable[[str], None]) -> list[str]:
             tokenizer,
             template_options(config),
             BuildOptions(
-                num_workers=data.preprocessing_num_workers,
+                num_workers=num_workers,
                 max_samples=data.max_samples,
                 seed=config.training.seed,
                 on_error=data.on_data_error,

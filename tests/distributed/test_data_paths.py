@@ -95,9 +95,11 @@ def test_mixing_and_published_rows_are_honoured(demo, tmp_path):
         interleave_probs="0.5,0.5",
         packing_algorithm="llamafactory",
         max_steps=1,
+        preprocessing_num_workers=96,
     )
     result = run_python([str(ROOT / "pretrain_sdar.py"), *run])
     assert result.returncode == 0, result.stderr
+    assert "preprocessing_num_workers: 96 is more than the" in result.stdout
     # The smaller dataset has 30 documents: the mixture ends when they are used up.
     documents = int(result.stdout.split(" documents in ")[0].rsplit(maxsplit=1)[-1])
     assert 30 < documents < 120

@@ -4,6 +4,7 @@ Owns the options that callers choose and the recipe that is stored with the file
 that decides their tokens, the contents of the source files included.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -55,6 +56,13 @@ class BuildOptions:
             raise ValueError(
                 f"shard {self.shard[0]}/{self.shard[1]}: give I/N with I from 0 to N-1"
             )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def source_bytes(specs: Sequence[DatasetSpec]) -> int:

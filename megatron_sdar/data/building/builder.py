@@ -5,7 +5,6 @@ files are the same bytes for every number of workers, for shards that are merged
 that was killed and run again.
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_sdar.data.building.build_options import BuildOptions, make_recipe, source_bytes
+from megatron_sdar.data.building.build_options import (
+    BuildOptions,
+    available_cores,
+    make_recipe,
+    source_bytes,
+)
 from megatron_sdar.data.building.build_progress import BuildProgress
 from megatron_sdar.data.building.part import PartReport, part_pieces
 from megatron_sdar.data.building.part_pool import PartBuilder, build_parts
@@ -117,7 +121,7 @@ def _build(
         parts = {i: parts[i] for i in range(first, stop)}
     note = tokenizer.enable_fast(_sample_texts(specs, parts, template))
     builder = PartBuilder(tuple(specs), tokenizer, template, options.on_error)
-    num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    num_workers = options.num_workers or available_cores()
     key = {
         "fingerprint": recipe.fingerprint(),
         "part_bytes": part_bytes,
