@@ -6,7 +6,7 @@ rules and raises once. Each line names the keys, their values and what would fit
 
 from collections.abc import Iterator
 from dataclasses import fields
-from math import lcm
+from math import isfinite, lcm
 
 from megatron_sdar.architecture import Architecture, padded_vocab_size
 from megatron_sdar.config_fields import (
@@ -137,6 +137,12 @@ def _weights(data: DataConfig, number: int) -> Iterator[str]:
         for weights in lists:
             if len(weights) != number:
                 yield f"{key}: {weights} are {len(weights)} weights for {number} datasets"
+            elif not all(isfinite(weight) and weight >= 0 for weight in weights):
+                yield f"{key}: {weights} must be finite numbers that are not negative"
+            elif key == "interleave_probs" and (min(weights) == 0 or abs(sum(weights) - 1) > 1e-6):
+                yield f"{key}: {weights} must be greater than 0 and sum to 1, found {sum(weights)}"
+            elif not any(weights):
+                yield f"{key}: {weights} take rows from no dataset; make one greater than 0"
 
 
 def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator[str]:

@@ -13,7 +13,7 @@ from megatron_sdar.data.building.build_options import ON_ERROR_MODES, BuildOptio
 from megatron_sdar.data.building.builder import build_dataset
 from megatron_sdar.data.building.shards import merge_shards
 from megatron_sdar.data.building.summary import BuildSummary, format_fill
-from megatron_sdar.data.loading.packing import TRUNCATE_MODES
+from megatron_sdar.data.loading.packing import TRUNCATE_MODES, check_row_size
 from megatron_sdar.data.sources.dataset_info import STAGES
 from megatron_sdar.data.sources.datasets import (
     DatasetSpec,
@@ -121,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = _parser().parse_args(argv)
     try:
+        for capacity in args.cutoff_len:
+            check_row_size(capacity, args.block_length)
         summary = _run(args)
         print(summary.format())
         if args.cutoff_len:

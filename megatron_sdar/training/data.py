@@ -20,8 +20,8 @@ from megatron_sdar.data.building.builder import ensure_dataset
 from megatron_sdar.data.loading.blend import BlendSchedule
 from megatron_sdar.data.loading.documents import (
     DocumentStore,
+    hold_out,
     interleave_documents,
-    split_documents,
 )
 from megatron_sdar.data.loading.loader import RowLoader, RowOptions
 from megatron_sdar.data.loading.packing import PackedIndex, pack_documents
@@ -188,13 +188,17 @@ def _choose(
 ) -> tuple[tuple[DocumentStore, ...], DocumentStore | None]:
     """(training stores, held-out documents) of STORE."""
     data, seed = config.data, config.training.seed
+    if not data.val_size and data.mix_strategy == "concat":
+        return (store,), None
     validation = None
-    chosen = [np.asarray(store.ids_of(number)) for number in range(len(store.datasets))]
+    spans = [store.ids_of(number) for number in range(len(store.datasets))]
+    chosen = [np.arange(span.start, span.stop) for span in spans]
     if data.val_size:
         # Before mixing, so that no repetition of a held-out document is trained on.
-        kept, held_out = split_documents(store.total, data.val_size, seed)
+        kept, held_out = hold_out(store, data.val_size, seed)
         validation = store.select(held_out)
-        chosen = [np.intersect1d(ids, kept, assume_unique=True) for ids in chosen]
+        edges = [np.searchsorted(kept, (span.start, span.stop)) for span in spans]
+        chosen = [kept[start:stop] for start, stop in edges]
     if data.mix_strategy == "blend":
         for dataset, ids in zip(store.datasets, chosen, strict=True):
             if not ids.size:
@@ -206,8 +210,8 @@ def _choose(
         if data.interleave_probs is not None:
             probs = parse_numbers("interleave_probs", data.interleave_probs)
         mixed = interleave_documents([len(i) for i in chosen], data.mix_strategy, probs, seed)
-        return (store.select(ids[mixed % len(ids)] + mixed // len(ids) * store.total),), validation
-    return (store if validation is None else store.select(ids),), validation
+        ids = ids[mixed % len(ids)] + mixed // len(ids) * store.total
+    return (store.select(ids),), validation
 
 
 def _check_recipe(prefix: str, config: SdarConfig) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from unit.token_builds import add_line, build, edit_metadata, files
+from unit.token_builds import PAIRS, SUFFIXES, TEMPLATE, add_line, build, edit_metadata, files
 
-from megatron_sdar.data.building import part_pool
+from megatron_sdar.data.building import part_pool, shards
+from megatron_sdar.data.building.part import PartReport
+from megatron_sdar.data.building.part_pool import PartBuilder, build_parts
+from megatron_sdar.data.building.plan import Part
 from megatron_sdar.data.building.shards import merge_shards, shard_prefix
+from megatron_sdar.data.sources.datasets import Columns, DatasetSpec, Layout
 from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
@@ -62,14 +67,29 @@ def test_parts_of_other_inputs_are_not_used(spec, tokenizer, tmp_path, monkeypat
     assert summary.num_documents == 21
 
 
-def test_a_part_without_its_report_is_built_again(spec, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "damage",
+    ["no report", "empty report", "foreign report", "report of other files", "short file"],
+)
+def test_a_damaged_part_is_built_again(spec, tokenizer, tmp_path, monkeypatch, damage):
     build([spec], tmp_path / "whole", tokenizer, part_bytes=PART_BYTES)
     with monkeypatch.context() as patch:
         fail_at_part(patch, 3, OSError(errno.EIO, "Input/output error"))
         with pytest.raises(ValueError, match="Input/output error"):
             build([spec], tmp_path / "p", tokenizer, part_bytes=PART_BYTES)
-    (tmp_path / "p.parts" / "000001.json").unlink()
-    (tmp_path / "p.parts" / "000001.bin").write_bytes(b"half of it")
+    (report,) = tmp_path.glob("p.parts/000001-*.json")
+    text = report.read_text()
+    if damage == "no report":
+        report.unlink()
+    elif damage == "empty report":
+        report.write_text("")
+    elif damage == "foreign report":
+        report.write_text('{"documents": 3}')
+    elif damage == "report of other files":
+        report.write_text(text.replace('"num_tokens": ', '"num_tokens": 1'))
+    else:
+        file = report.with_suffix(".bin")
+        file.write_bytes(file.read_bytes()[:-10])
     assert build([spec], tmp_path / "p", tokenizer, part_bytes=PART_BYTES).num_resumed_parts == 1
     assert files(tmp_path / "p") == files(tmp_path / "whole")
 
@@ -81,6 +101,58 @@ def test_two_builds_of_one_prefix_do_not_mix(spec, tokenizer, tmp_path):
         with pytest.raises(ValueError, match="another process is building this dataset"):
             build([spec], tmp_path / "p", tokenizer)
     build([spec], tmp_path / "p", tokenizer)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(spec, tokenizer, tmp_path):
+    (tmp_path / "p.parts").mkdir()
+    (tmp_path / "p.parts" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"p\.parts: the folder is needed .* holds notes\.txt"):
+        build([spec], tmp_path / "p", tokenizer)
+    assert (tmp_path / "p.parts" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_build_that_is_stopped_while_files_are_named_goes_on(
+    spec, tokenizer, tmp_path, monkeypatch, overwrite
+):
+    build([spec], tmp_path / "whole", tokenizer)
+    if overwrite:
+        build([spec], tmp_path / "p", tokenizer, max_samples=3)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_metadata", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build([spec], tmp_path / "p", tokenizer, overwrite=overwrite)
+    with pytest.raises(ValueError, match="no complete tokenized dataset is there"):
+        TokenizedDataset(tmp_path / "p")
+    # The command that was interrupted, as it was; its files do not count as somebody else's.
+    build([spec], tmp_path / "p", tokenizer)
+    assert files(tmp_path / "p") == files(tmp_path / "whole")
+    assert sorted(f.name for f in tmp_path.glob("p.*.tmp")) == []
+    assert not (tmp_path / "p.parts").exists()
+
+
+class ChattyBuilder(PartBuilder):
+    """Fails in its first part while the others tell more progress than a pipe holds."""
+
+    def build(self, part, prefix, on_progress):
+        if prefix.endswith("0"):
+            time.sleep(0.5)
+            raise ValueError("bad record")
+        for _ in range(20_000):
+            on_progress(1, 1)
+        return PartReport()
+
+
+def test_an_error_does_not_wait_for_workers_that_nobody_listens_to(spec, tokenizer, tmp_path):
+    builder = ChattyBuilder((spec,), tokenizer, TEMPLATE, "raise")
+    parts = {i: Part(0, (), ()) for i in range(6)}
+    prefixes = {i: f"{tmp_path}/{i}" for i in parts}
+    with pytest.raises(ValueError, match="bad record"):
+        list(build_parts(builder, parts, prefixes, 3, lambda *_: time.sleep(0.001)))
 
 
 class DyingTokenizer(SdarTokenizer):
@@ -151,6 +223,37 @@ def test_killed_tool_goes_on_where_it_stopped(demo, tokenizer, long_source, tmp_
     assert files(tmp_path / "p") == files(tmp_path / "whole")
 
 
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_end_with_the_process_that_started_them(demo, long_source, tmp_path):
+    if not Path(f"/proc/{os.getpid()}/task").exists():
+        pytest.skip("children are read from /proc")
+    command = tool_command(demo, long_source, tmp_path / "p")
+    process = subprocess.Popen([*command, "--num-workers", "2"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("p.parts/*.json")):
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive their build"
+        time.sleep(0.05)
+
+
 def test_tool_on_a_disk_that_fills_up_leaves_no_dataset(demo, long_source, tmp_path):
     limited = (
         "import resource, runpy, signal, sys\n"
@@ -190,6 +293,58 @@ def test_shards_that_do_not_belong_together_are_refused(spec, tokenizer, tmp_pat
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"00001-of-00002\.json: this shard differs .*max_samples"):
         merge_shards(tmp_path / "p", 2, overwrite=True)
+
+
+def test_a_shard_under_another_name_is_refused(spec, tokenizer, tmp_path):
+    for shard in ((0, 2), (1, 2)):
+        build([spec], tmp_path / "p", tokenizer, part_bytes=PART_BYTES, shard=shard)
+    for suffix in SUFFIXES:
+        first, second = (f"{shard_prefix(tmp_path / 'p', (i, 2))}{suffix}" for i in (0, 1))
+        Path(second).write_bytes(Path(first).read_bytes())
+    with pytest.raises(ValueError, match=r"00001-of-00002\.json: it is not shard 1 of 2"):
+        merge_shards(tmp_path / "p", 2)
+
+
+def test_shards_of_other_part_sizes_are_refused(spec, tokenizer, tmp_path):
+    build([spec], tmp_path / "p", tokenizer, part_bytes=300, shard=(0, 2))
+    build([spec], tmp_path / "p", tokenizer, part_bytes=900, shard=(1, 2))
+    with pytest.raises(
+        ValueError, match=r"differs from the first: part_bytes \(was 300, now 900\)"
+    ):
+        merge_shards(tmp_path / "p", 2)
+
+
+def test_a_column_may_be_missing_in_one_shard_but_not_in_all(tokenizer, tmp_path):
+    records = [{"prompt": "p", "response": "r"}] * 9 + [
+        {"prompt": "p", "response": "r", "persona": "x"}
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for column in ("persona", "missing"):
+        layout = Layout("alpaca", Columns("prompt", None, "response", system=column))
+        spec = DatasetSpec("d", (file,), layout, (column,))
+        for index in range(2):
+            shard = {"part_bytes": 100, "shard": (index, 2)}
+            summary = build([spec], tmp_path / column, tokenizer, **shard)
+            if index == 0:
+                assert f"dataset 0 has the column {column}" in summary.format()
+        if column == "persona":
+            assert merge_shards(tmp_path / column, 2).num_documents == 10
+        else:
+            with pytest.raises(ValueError, match=r"column 'missing' is in no record of d\.jsonl"):
+                merge_shards(tmp_path / column, 2)
+        few = build([spec], tmp_path / f"{column}-few", tokenizer, max_samples=3)
+        assert f"none of the records read of dataset 0 has the column {column}" in few.format()
+
+
+def test_shards_without_any_document_do_not_merge(tokenizer, tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "p", "response": ""}\n')
+    spec = DatasetSpec("d", (file,), PAIRS)
+    for index in range(2):
+        build([spec], tmp_path / "p", tokenizer, shard=(index, 2), on_error="skip")
+    with pytest.raises(ValueError, match=r"d: no document was read: .* \(1 empty answer\)"):
+        merge_shards(tmp_path / "p", 2)
 
 
 def test_a_shard_may_have_no_documents(spec, tokenizer, tmp_path):

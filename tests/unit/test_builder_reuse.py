@@ -1,7 +1,16 @@
 """Token files that are there already: kept, reused, refused or rebuilt."""
 
 import pytest
-from unit.token_builds import PAIRS, SUFFIXES, TEMPLATE, add_line, build, ensure, files
+from unit.token_builds import (
+    PAIRS,
+    SUFFIXES,
+    TEMPLATE,
+    add_line,
+    build,
+    edit_metadata,
+    ensure,
+    files,
+)
 
 from megatron_sdar.data.building import builder, shards
 from megatron_sdar.data.demo import make_demo_data
@@ -30,10 +39,11 @@ def test_failed_overwrite_leaves_the_old_dataset(spec, tokenizer, tmp_path):
     assert files(tmp_path / "p") == before
 
 
-def test_build_that_dies_while_renaming_counts_as_incomplete(
+def test_a_full_disk_while_parts_are_joined_leaves_the_old_dataset(
     spec, tokenizer, tmp_path, monkeypatch
 ):
     build([spec], tmp_path / "p", tokenizer)
+    before = files(tmp_path / "p")
     concatenate = shards.concatenate
     calls = []
 
@@ -45,10 +55,18 @@ def test_build_that_dies_while_renaming_counts_as_incomplete(
 
     monkeypatch.setattr(shards, "concatenate", die_second)
     with pytest.raises(OSError, match="disk full"):
-        build([spec], tmp_path / "p", tokenizer, overwrite=True)
-    with pytest.raises(ValueError, match="no complete tokenized dataset is there"):
-        TokenizedDataset(tmp_path / "p")
-    assert not list(tmp_path.glob("*.tmp"))
+        build([spec], tmp_path / "p", tokenizer, overwrite=True, max_samples=5)
+    assert files(tmp_path / "p") == before
+    assert len(TokenizedDataset(tmp_path / "p")) == 20
+
+
+def test_own_cache_of_an_older_format_is_rebuilt(spec, tokenizer, tmp_path):
+    build([spec], tmp_path / "p", tokenizer)
+    edit_metadata(tmp_path / "p", format_version=1)
+    with pytest.raises(ValueError, match="not metadata of format_version 2"):
+        ensure([spec], tmp_path / "p", tokenizer)
+    assert ensure([spec], tmp_path / "p", tokenizer, rebuild_stale=True).seconds > 0
+    assert ensure([spec], tmp_path / "p", tokenizer).seconds == 0
 
 
 def test_same_inputs_are_reused(spec, tokenizer, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from unit.token_lists import TokenList, random_documents
 
 from megatron_sdar.data.loading.documents import (
     DocumentStore,
+    hold_out,
     interleave_documents,
     split_documents,
 )
@@ -229,3 +230,39 @@ def test_mixing_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         interleave_documents(sizes, strategy, probs, 0)
+
+
+def with_source(dataset: TokenList, sha256: str, num_samples: int | None = None) -> TokenList:
+    files = [{"name": f"{sha256}.jsonl", "size": 1, "sha256": sha256}]
+    dataset.metadata.recipe.sources = [{"num_samples": num_samples, "files": files}]
+    return dataset
+
+
+def test_copies_of_a_record_stay_on_one_side_of_the_split() -> None:
+    turns = [[n + 1, n + 2] for n in range(30) for _ in range(1 + n % 3)]
+    sampled = with_source(TokenList(turns), "a", num_samples=len(turns))
+    # In a TokenList ids count on; copies must hold the same ones.
+    firsts = [turns.index(each) for each in turns]
+    tokens = [sampled.get(first) for first in firsts]
+    sampled.get = tokens.__getitem__
+    store = DocumentStore([with_source(random_documents(20), "b"), sampled])
+    train, held_out = hold_out(store, 0.3, seed=1)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(store.total))
+    record = [*range(20), *(20 + first for first in firsts)]
+    assert not {record[i] for i in train} & {record[i] for i in held_out}
+    assert len({record[i] for i in held_out}) == 15
+
+
+def test_one_file_twice_cannot_be_held_out_of() -> None:
+    store = DocumentStore(
+        [with_source(random_documents(name="x"), "a"), with_source(random_documents(name="y"), "a")]
+    )
+    with pytest.raises(ValueError, match=r"one file is used twice, in x \(a.jsonl\) and y \(a"):
+        hold_out(store, 0.5, seed=1)
+
+
+def test_datasets_of_another_tokenizer_are_refused() -> None:
+    other = random_documents(name="other")
+    other.metadata.recipe.tokenizer_fingerprint = "u" * 64
+    with pytest.raises(ValueError, match="other: it was made with another tokenizer than data"):
+        DocumentStore([random_documents(), other])

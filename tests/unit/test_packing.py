@@ -246,7 +246,7 @@ def test_fill_report_counts_what_is_lost():
     first, second = format_fill(lengths, [16, 32], 4, "drop").splitlines()
     expected = (
         "rows of 16      1 rows, 100.00% full at block_length 4; "
-        "0 documents cut, 1 dropped (20 tokens lost)"
+        "0 documents cut, 0 split, 1 dropped (20 tokens lost)"
     )
     assert first == expected
     assert "2 rows, 56.25% full" in second

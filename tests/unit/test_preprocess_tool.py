@@ -69,6 +69,30 @@ def test_tool_builds_shards_on_several_machines_and_merges_them(demo, tmp_path):
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
+def test_tool_checks_row_sizes_before_it_builds(demo, tmp_path):
+    result = run_tool(
+        *("--input", demo / "test.jsonl", "--tokenizer", demo / "model"),
+        *("--output-prefix", tmp_path / "p", "--cutoff-len", 1001),
+    )
+    assert result.returncode == 1
+    assert "cutoff_len 1001 is not a multiple of block_length 4" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_tool_reads_a_folder(demo, tmp_path):
+    (tmp_path / "many").mkdir()
+    for name in ("test", "train"):
+        (tmp_path / "many" / f"{name}.jsonl").write_bytes((demo / f"{name}.jsonl").read_bytes())
+    result = run_tool(
+        *("--input", tmp_path / "many", "--tokenizer", demo / "model"),
+        *("--output-prefix", tmp_path / "p"),
+    )
+    assert result.returncode == 0, result.stderr
+    metadata = TokenizedDataset(tmp_path / "p").metadata
+    assert metadata.num_documents == 300
+    assert metadata.recipe.sources[0]["name"] == "many"
+
+
 def test_tool_reads_plain_text(demo, tmp_path):
     (tmp_path / "corpus.txt").write_text("first document\nsecond one\n")
     result = run_tool(

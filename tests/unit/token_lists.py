@@ -30,7 +30,11 @@ class TokenList:
             pad_token_id=PAD_ID,
             vocab_size=1000,
             fingerprint=name * 16,
-            recipe=SimpleNamespace(template={"mask_history": False}, is_plain_text=False),
+            recipe=SimpleNamespace(
+                template={"mask_history": False},
+                is_plain_text=False,
+                tokenizer_fingerprint="t" * 64,
+            ),
         )
         self._turns = [np.array(each, dtype=np.int32) for each in turns]
         self._lengths = np.array([each.sum() for each in self._turns], dtype=np.int32)

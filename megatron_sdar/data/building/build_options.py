@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from megatron_sdar.data.building.plan import choose_part_bytes
 from megatron_sdar.data.sources.datasets import DatasetSpec
 from megatron_sdar.data.storage.metadata import Recipe, hash_file
 from megatron_sdar.data.templates.template import TemplateOptions
@@ -104,5 +105,7 @@ def make_recipe(
         sources=sources,
         max_samples=options.max_samples,
         seed=options.seed if any(spec.num_samples is not None for spec in specs) else None,
-        shard=None if options.shard is None else list(options.shard),
+        shard=None
+        if options.shard is None
+        else [*options.shard, options.part_bytes or choose_part_bytes(specs)],
     )

@@ -23,7 +23,12 @@ from megatron_sdar.data.building.build_progress import BuildProgress
 from megatron_sdar.data.building.part import PartReport, part_pieces
 from megatron_sdar.data.building.part_pool import PartBuilder, build_parts
 from megatron_sdar.data.building.plan import Part, choose_part_bytes, plan_parts
-from megatron_sdar.data.building.shards import check_target, join_parts, shard_prefix
+from megatron_sdar.data.building.shards import (
+    check_complete,
+    check_target,
+    join_parts,
+    shard_prefix,
+)
 from megatron_sdar.data.building.summary import BuildSummary, summarize_dataset
 from megatron_sdar.data.building.work_directory import WorkDirectory
 from megatron_sdar.data.readers.records import RecordError, SkipReport
@@ -41,6 +46,7 @@ from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 _SAMPLE_RECORDS = 64
 _SAMPLE_PARTS = 8
+_SAMPLE_CHARACTERS = 400_000
 
 
 def build_dataset(
@@ -82,10 +88,16 @@ def ensure_dataset(
     the source files may differ; their names and contents may not.
     """
     if metadata_path(prefix).exists() and not options.overwrite:
+        try:
+            metadata = read_metadata(prefix)
+        except ValueError:
+            if not rebuild_stale:
+                raise
+            options = replace(options, overwrite=True)
+            return build_dataset(specs, prefix, tokenizer, template, options)
         with BuildProgress(options.progress) as progress:
             progress.stage("hashing", source_bytes(specs))
             recipe = make_recipe(specs, tokenizer, template, options, progress.advance)
-        metadata = read_metadata(prefix)
         differences = metadata.recipe.differences(recipe)
         if metadata.skipped and options.on_error == "raise":
             differences.append(
@@ -130,18 +142,21 @@ def _build(
     with WorkDirectory(target, key) as work:
         reports = work.finished(parts)
         resumed = len(reports)
+        resumed_tokens = sum(report.num_tokens for report in reports.values())
         left = {index: part for index, part in parts.items() if index not in reports}
         progress.stage("tokenising", sum(part.num_bytes for part in left.values()))
         prefixes = {index: work.part_prefix(index) for index in parts}
         for index, report in build_parts(builder, left, prefixes, num_workers, progress.advance):
             reports[index] = report
         ordered = [(parts[index], reports[index]) for index in parts]
-        _check_columns(specs, ordered)
-        metadata = _metadata(tokenizer, recipe, [report for _, report in ordered])
-        if not metadata.num_documents and options.shard is None:
-            work.remove()
-            raise _no_documents(specs, metadata.skipped)
-        join_parts(list(prefixes.values()), target, metadata)
+        metadata = _metadata(tokenizer, recipe, ordered)
+        if options.shard is None:
+            try:
+                check_complete(metadata)
+            except ValueError:
+                work.remove()  # the dataset has to change, so its parts serve no other build
+                raise
+        join_parts(list(prefixes.values()), target, metadata, work)
         work.remove()
     return replace(
         summarize_dataset(target),
@@ -149,6 +164,7 @@ def _build(
         tokenizer_note=note,
         num_parts=len(parts),
         num_resumed_parts=resumed,
+        num_resumed_tokens=resumed_tokens,
     )
 
 
@@ -159,51 +175,38 @@ def _sample_texts(
     texts: list[str] = []
     chosen = list(parts.values())
     for part in chosen[:: max(1, len(chosen) // _SAMPLE_PARTS)]:
+        left = _SAMPLE_CHARACTERS // _SAMPLE_PARTS
         for record in islice(read_span(part.spans[0]), _SAMPLE_RECORDS):
             with suppress(RecordError):  # told when the part is built
-                texts += [p.text for p in part_pieces(specs[part.dataset], record, template)]
+                pieces = part_pieces(specs[part.dataset], record, template)
+                texts += [piece.text[:left] for piece in pieces]
+                left -= sum(len(piece.text) for piece in pieces)
+            if left <= 0:
+                break
     return texts
 
 
-def _check_columns(
-    specs: Sequence[DatasetSpec], reports: Sequence[tuple[Part, PartReport]]
-) -> None:
-    """An optional column that dataset_info.json names must turn up somewhere."""
-    for number, spec in enumerate(specs):
-        own = [report for part, report in reports if part.dataset == number]
-        good = [report for report in own if report.num_documents]
-        unseen = set(spec.explicit_columns).intersection(*(r.unseen_columns for r in good))
-        if good and unseen:
-            raise ValueError(
-                f"dataset {spec.name}: column {', '.join(map(repr, sorted(unseen)))} is in no "
-                f"record of {', '.join(map(str, spec.files))}; correct 'columns' in "
-                "dataset_info.json"
-            )
-
-
 def _metadata(
-    tokenizer: SdarTokenizer, recipe: Recipe, reports: Sequence[PartReport]
+    tokenizer: SdarTokenizer, recipe: Recipe, ordered: Sequence[tuple[Part, PartReport]]
 ) -> TokenizedMetadata:
     skipped = SkipReport()
     left_out: Counter[str] = Counter()
-    for report in reports:
+    unseen: dict[str, list[str]] = {}
+    for part, report in ordered:
         left_out.update(report.left_out)
         skipped.merge(SkipReport(counts=report.skipped, locations=report.skipped_locations))
+        if report.num_documents:
+            name, columns = str(part.dataset), report.unseen_columns
+            unseen[name] = sorted(set(unseen.get(name, columns)) & set(columns))
     return TokenizedMetadata(
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         vocab_size=tokenizer.vocab_size,
         recipe=recipe,
+        unseen_columns=unseen,
         left_out=dict(left_out),
         skipped=skipped.counts,
         skipped_locations=skipped.locations,
-        **{name: sum(getattr(report, name) for report in reports) for name in COUNTS},
+        **{name: sum(getattr(report, name) for _, report in ordered) for name in COUNTS},
     )
-
-
-def _no_documents(specs: Sequence[DatasetSpec], skipped: Mapping[str, int]) -> ValueError:
-    names = ", ".join(spec.name for spec in specs)
-    left_out = "; ".join(f"{count} {reason}" for reason, count in skipped.items())
-    why = f"every record was skipped ({left_out})" if left_out else "the files are empty"
-    return ValueError(f"{names}: no document was read: {why}; correct the dataset")

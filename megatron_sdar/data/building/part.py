@@ -20,6 +20,7 @@ from megatron_sdar.data.readers.spans import read_span
 from megatron_sdar.data.sources.datasets import Conversation, DatasetSpec, PlainText, read_document
 from megatron_sdar.data.storage.indexed import token_dtype
 from megatron_sdar.data.storage.indexed_writer import IndexedWriter
+from megatron_sdar.data.storage.metadata import write_text
 from megatron_sdar.data.storage.tokens import COMPANIONS
 from megatron_sdar.data.templates.template import Piece, TemplateOptions, document_pieces
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
@@ -125,10 +126,7 @@ def build_part(
             on_progress(chunk.num_bytes, num_tokens)
     report.unseen_columns = sorted(unseen)
     report.skipped, report.skipped_locations = skipped.counts, skipped.locations
-    text = json.dumps(vars(report))
-    partial = Path(f"{prefix}.json.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(report_path(prefix))
+    write_text(report_path(prefix), json.dumps(vars(report)))
     return report
 
 
@@ -168,7 +166,8 @@ def _iter_chunks(
             except RecordError as error:
                 if on_error == "raise":
                     raise
-                skipped.add(error)
+                for _ in range(times):
+                    skipped.add(error)
                 continue
             for what in document.left_out:
                 report.left_out[what] = report.left_out.get(what, 0) + 1
@@ -176,9 +175,9 @@ def _iter_chunks(
                 unseen.difference_update(record.value)
             for _ in range(times):
                 chunk.add(pieces)
-            if chunk.num_characters >= _CHUNK_CHARACTERS:
-                yield chunk
-                chunk = _Chunk()
+                if chunk.num_characters >= _CHUNK_CHARACTERS:
+                    yield chunk
+                    chunk = _Chunk()
     yield chunk
 
 

@@ -1,12 +1,15 @@
 """Parts of a build on several processes.
 
 Owns the processes. They are started fresh (a forked copy of a process with threads may hang) and
-get the tokenizer ready made. A worker never raises: it hands back its report or what went wrong,
-so that the first part that failed decides what the user reads, however many failed.
+get the tokenizer ready made. A worker never raises: it hands back its report or what went wrong;
+of those that fail together, the first in order decides what the user reads. Workers end with
+the process that started them.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -71,10 +74,10 @@ def build_parts(
     executor = ProcessPoolExecutor(
         min(num_workers, len(parts)), context, initializer=_start, initargs=(builder, queue)
     )
+    futures: dict[Future[PartReport | str], int] = {}
     try:
-        futures = {
-            executor.submit(_work, part, prefixes[index]): index for index, part in parts.items()
-        }
+        for index, part in parts.items():
+            futures[executor.submit(_work, part, prefixes[index])] = index
         yield from _collect(futures, queue, on_progress)
     except BrokenProcessPool as error:
         raise ValueError(
@@ -82,7 +85,7 @@ def build_parts(
             "are kept: run the same command again, with fewer workers"
         ) from error
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        _stop(executor, futures, queue)
 
 
 def _collect(
@@ -102,6 +105,22 @@ def _collect(
             yield futures[future], result
 
 
+def _stop(
+    executor: ProcessPoolExecutor,
+    futures: Iterable["Future[PartReport | str]"],
+    queue: "SimpleQueue[tuple[int, int]]",
+) -> None:
+    """Wait for the parts that are being built; those not begun are left."""
+    for future in futures:
+        future.cancel()
+    # A worker that tells its progress blocks once the queue is full.
+    while wait(futures, timeout=_POLL_SECONDS).not_done:
+        while not queue.empty():
+            queue.get()
+    # Waits for every process, those still starting included: they need what this one holds.
+    executor.shutdown(wait=True)
+
+
 class _Worker:
     """State of a worker process, set once when it starts."""
 
@@ -110,8 +129,17 @@ class _Worker:
 
 
 def _start(builder: PartBuilder, queue: "SimpleQueue[tuple[int, int]]") -> None:
+    # A worker whose build was killed would go on to the end of its list, for nobody.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _Worker.builder = builder
     _Worker.queue = queue
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(part: Part, prefix: str) -> PartReport | str:

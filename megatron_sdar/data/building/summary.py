@@ -1,7 +1,7 @@
 """Summaries of tokenized datasets.
 
 Owns the figures that a build reports and their text. A reused dataset gives the same summary as
-the build that made it, but for the time and the places of skipped records.
+the build that made it, but for the time it took and what it went on from.
 """
 
 from collections.abc import Sequence
@@ -41,11 +41,14 @@ class BuildSummary:
     tokenizer_note: str = ""
     num_parts: int = 0
     num_resumed_parts: int = 0
+    num_resumed_tokens: int = 0
+    unseen_columns: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of the whole build; 0 for a reused dataset."""
-        return self.num_tokens / self.seconds if self.seconds else 0.0
+        """Tokens per second of what was tokenised now; 0 for a reused dataset."""
+        made = self.num_tokens - self.num_resumed_tokens
+        return made / self.seconds if self.seconds else 0.0
 
     def format(self) -> str:
         """A readable table, one fact a line."""
@@ -59,9 +62,8 @@ class BuildSummary:
             + ", ".join(f"{name} {value:,}" for name, value in self.document_lengths.items()),
         ]
         if self.seconds:
-            rate = f"{self.num_documents / self.seconds:,.0f} documents/s"
             lines.append(
-                f"{'time':<16}{self.seconds:.1f} s, {rate}, {self.tokens_per_second:,.0f} tokens/s"
+                f"{'time':<16}{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
             )
         if self.tokenizer_note:
             lines.append(f"{'tokenizer':<16}{self.tokenizer_note}")
@@ -74,6 +76,12 @@ class BuildSummary:
                 f"{'warning':<16}{self.num_mask_documents:,} documents hold the text <|MASK|>, "
                 "which becomes the mask token itself"
             )
+        for number, columns in self.unseen_columns.items():
+            if columns:
+                lines.append(
+                    f"{'warning':<16}none of the records read of dataset {number} has the column "
+                    f"{', '.join(columns)}"
+                )
         for what, count in sorted(self.left_out.items()):
             lines.append(f"{'left out':<16}{what}, in {count:,} records")
         total = sum(self.skipped.values())
@@ -96,6 +104,7 @@ def summarize_dataset(prefix: str | Path) -> BuildSummary:
         num_label_tokens=metadata.num_label_tokens,
         num_mask_documents=metadata.num_mask_documents,
         left_out=metadata.left_out,
+        unseen_columns=metadata.unseen_columns,
         skipped=metadata.skipped,
         skipped_locations=metadata.skipped_locations,
         document_lengths=_length_figures(dataset.lengths) if len(dataset) else {},
@@ -125,10 +134,15 @@ def format_fill(
     """How documents of LENGTHS pack into rows of each of CAPACITIES, one line per capacity."""
     lines = []
     for capacity in capacities:
-        packed = pack_documents(lengths, capacity, block_length, truncate_mode=truncate_mode)
+        try:
+            packed = pack_documents(lengths, capacity, block_length, truncate_mode=truncate_mode)
+        except ValueError as error:
+            lines.append(f"{f'rows of {capacity}':<16}none: {error}")
+            continue
         lines.append(
             f"{f'rows of {capacity}':<16}{len(packed):,} rows, {100 * packed.fill:.2f}% full at "
             f"block_length {block_length}; {packed.num_cut:,} documents cut, "
-            f"{packed.num_dropped:,} dropped ({packed.num_lost_tokens:,} tokens lost)"
+            f"{packed.num_split:,} split, {packed.num_dropped:,} dropped "
+            f"({packed.num_lost_tokens:,} tokens lost)"
         )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -60,6 +61,13 @@ class DocumentStore:
                         f"{other.prefix}: {field} is {theirs}, but {first.prefix} has {ours}; "
                         "datasets of one run must be made with one tokenizer"
                     )
+            ours, theirs = (d.metadata.recipe.tokenizer_fingerprint for d in (first, other))
+            if ours != theirs:
+                raise ValueError(
+                    f"{other.prefix}: it was made with another tokenizer than {first.prefix} "
+                    f"({theirs[:12]}, {ours[:12]}); datasets of one run must be made with one "
+                    "tokenizer"
+                )
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -133,6 +141,55 @@ class DocumentStore:
         if isinstance(self.selection, range):
             return f"{self.selection.start}:{self.selection.stop}"
         return hashlib.sha256(self.selection.tobytes()).hexdigest()[:16]
+
+
+def hold_out(
+    store: DocumentStore, val_size: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training ids, validation ids) of all documents of STORE, int64 and ascending.
+
+    Like `split_documents`, but the copies of a record that num_samples took several times stay
+    on one side; a number of documents then counts records.
+
+    Raises:
+        ValueError: val_size does not fit, or one file is used twice.
+    """
+    digests = Counter(
+        file["sha256"]
+        for dataset in store.datasets
+        for source in dataset.metadata.recipe.sources
+        for file in source["files"]
+    )
+    twice = [digest for digest, count in digests.items() if count > 1]
+    if twice:
+        names = sorted(
+            {
+                f"{dataset.prefix} ({file['name']})"
+                for dataset in store.datasets
+                for source in dataset.metadata.recipe.sources
+                for file in source["files"]
+                if file["sha256"] == twice[0]
+            }
+        )
+        raise ValueError(
+            f"val_size: one file is used twice, in {' and '.join(names)}: what is held out of one "
+            "would be trained in the other; use each file once"
+        )
+    is_copy = np.concatenate([_is_copy(dataset) for dataset in store.datasets])
+    record = np.cumsum(~is_copy) - 1
+    _, held_out = split_documents(int(record[-1]) + 1, val_size, seed)
+    is_held_out = np.isin(record, held_out)
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _is_copy(dataset: TokenizedDataset) -> NDArray[np.bool_]:
+    """Whether each document repeats the one before it; only num_samples makes such copies."""
+    copies = np.zeros(len(dataset), dtype=np.bool_)
+    if any(source["num_samples"] is not None for source in dataset.metadata.recipe.sources):
+        for number in range(1, len(dataset)):
+            ours, before = dataset.get(number)[0], dataset.get(number - 1)[0]
+            copies[number] = np.array_equal(ours, before)
+    return copies
 
 
 def split_documents(

@@ -155,6 +155,19 @@ def pad_to_block(
     return np.concatenate([ids, pads]), np.concatenate([labels, pads])
 
 
+def check_row_size(capacity: int, block_length: int) -> None:
+    """Refuse rows that are not whole blocks (ValueError)."""
+    if block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {block_length}")
+    if capacity < 1 or capacity % block_length:
+        below = capacity // block_length * block_length
+        near = [str(n) for n in (below, below + block_length) if n > 0]
+        raise ValueError(
+            f"cutoff_len {capacity} is not a multiple of block_length {block_length}; "
+            f"use {' or '.join(near[:2])}"
+        )
+
+
 def _check(
     sizes: NDArray[np.integer],
     capacity: int,
@@ -168,15 +181,7 @@ def _check(
         raise ValueError(
             f"packing_algorithm must be one of {', '.join(PACKING_ALGORITHMS)}, got {algorithm!r}"
         )
-    if block_length < 1:
-        raise ValueError(f"block_length must be at least 1, got {block_length}")
-    if capacity < 1 or capacity % block_length:
-        below = capacity // block_length * block_length
-        near = [str(n) for n in (below, below + block_length) if n > 0]
-        raise ValueError(
-            f"cutoff_len {capacity} is not a multiple of block_length {block_length}; "
-            f"use {' or '.join(near[:2])}"
-        )
+    check_row_size(capacity, block_length)
     if sizes.size and sizes.min() < 1:
         index = int(sizes.argmin())
         raise ValueError(f"document {index} has length {sizes[index]}; lengths must be positive")

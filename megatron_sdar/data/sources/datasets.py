@@ -59,10 +59,10 @@ _PAIR_STYLES = (
 def resolve_datasets(
     names: Sequence[str], dataset_dir: str | Path, stage: str = "sft"
 ) -> list[DatasetSpec]:
-    """One spec per name: the path of a data file, or a key of dataset_info.json."""
+    """One spec per name: a file, a folder (with a "/"), or a key of dataset_info.json."""
     specs = []
     for name in names:
-        if data_suffix(Path(name)) is not None:
+        if data_suffix(Path(name)) is not None or ("/" in name and Path(name).is_dir()):
             specs.append(dataset_from_file(name, stage))
         else:
             specs.extend(read_dataset_info(dataset_dir, [name], stage))
@@ -70,7 +70,7 @@ def resolve_datasets(
 
 
 def dataset_from_file(path: str | Path, stage: str = "sft") -> DatasetSpec:
-    """The dataset in one file, its layout taken from the first good record.
+    """The dataset in one file or a folder of files, its layout taken from the first good record.
 
     Layouts: `messages` or `conversations` (role/content or from/value), instruction/input/
     output, question/answer, prompt/response; `system`, `tools` and `history` beside them. For
@@ -79,7 +79,7 @@ def dataset_from_file(path: str | Path, stage: str = "sft") -> DatasetSpec:
     check_stage(stage)
     file = Path(path)
     files = list_files(str(file), file, stage)
-    record = _first_record(file)
+    record = _first_record(files)
     layout = _detect_text(record) if stage == "pt" else _detect_layout(record)
     if layout is not None:
         return DatasetSpec(_name(file), files, layout)
@@ -94,14 +94,17 @@ def dataset_from_file(path: str | Path, stage: str = "sft") -> DatasetSpec:
 
 
 def _name(file: Path) -> str:
+    if file.is_dir():
+        return file.resolve().name
     stem = file.with_suffix("") if file.suffix in COMPRESSED_SUFFIXES else file
     return stem.stem
 
 
-def _first_record(file: Path) -> dict[str, Any]:
-    for record in read_file(file):
-        if not isinstance(record.value, RecordError):
-            return record.value
+def _first_record(files: Sequence[Path]) -> dict[str, Any]:
+    for file in files:
+        for record in read_file(file):
+            if not isinstance(record.value, RecordError):
+                return record.value
     return {}
 
 

@@ -29,6 +29,7 @@ from megatron_sdar.data.storage.indexed import (
 
 _MAX_LENGTH = 2**31 - 1
 _COPY_BYTES = 1 << 23
+_CHUNK = 1 << 20
 
 
 class _Files:
@@ -186,17 +187,21 @@ def concatenate(
 def _joined_index(parts: Sequence[str | Path]) -> Iterator[NDArray[Any]]:
     """Lengths, then offsets, then document indices of PARTS as if they were one dataset."""
     for part in parts:
-        yield IndexedDataset(part).lengths
+        lengths = IndexedDataset(part).lengths
+        for first in range(0, len(lengths), _CHUNK):
+            yield lengths[first : first + _CHUNK]
     num_bytes = 0
     for part in parts:
         dataset = IndexedDataset(part)
-        yield dataset.pointers + num_bytes
+        for first in range(0, len(dataset), _CHUNK):
+            yield dataset.pointers[first : first + _CHUNK] + num_bytes
         num_bytes += dataset.num_tokens * dataset.dtype.itemsize
     yield np.zeros(1, dtype="<i8")
     num_sequences = 0
     for part in parts:
         dataset = IndexedDataset(part)
-        yield dataset.document_indices[1:] + num_sequences
+        for first in range(1, len(dataset.document_indices), _CHUNK):
+            yield dataset.document_indices[first : first + _CHUNK] + num_sequences
         num_sequences += len(dataset)
 
 

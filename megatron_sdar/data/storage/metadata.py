@@ -24,8 +24,8 @@ class Recipe:
 
     `sources` holds one object per dataset: name, layout, num_samples and files (name, size,
     sha256). A file's folder is left out on purpose: moving the data does not change the tokens.
-    `seed` is that of random samples, None where none is drawn. `shard` is [i, n] for the i-th of
-    n shares of the data, None for all of it.
+    `seed` is that of random samples, None where none is drawn. `shard` is [i, n, part bytes] for
+    the i-th of n shares of the data, None for all of it.
     """
 
     tokenizer_fingerprint: str
@@ -76,7 +76,8 @@ class TokenizedMetadata:
 
     num_mask_documents counts documents whose own text holds the mask token. `left_out` counts
     records of which a part was left out, by what it was; `skipped` counts whole records by
-    reason, `skipped_locations` has the first places of each.
+    reason, `skipped_locations` has the first places of each. `unseen_columns` has, by number of
+    the dataset, optional columns that dataset_info.json names and no record has.
     """
 
     num_documents: int
@@ -88,6 +89,7 @@ class TokenizedMetadata:
     eos_token_id: int
     vocab_size: int
     recipe: Recipe
+    unseen_columns: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_locations: dict[str, list[str]] = field(default_factory=dict)
@@ -112,10 +114,15 @@ def write_metadata(prefix: str | Path, metadata: TokenizedMetadata) -> None:
         **asdict(metadata.recipe),
         **{f.name: getattr(metadata, f.name) for f in fields(metadata) if f.name != "recipe"},
     }
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write TEXT to PATH in one step: it is there completely or not at all."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with partial.open("x", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
@@ -147,6 +154,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
     expected = {
         **recipe_types,
         **count_types,
+        "unseen_columns": dict,
         "left_out": dict,
         "skipped": dict,
         "skipped_locations": dict,
@@ -159,6 +167,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
             )
     metadata = TokenizedMetadata(
         recipe=Recipe(**{name: content[name] for name in recipe_types}),
+        unseen_columns=content["unseen_columns"],
         left_out=content["left_out"],
         skipped=content["skipped"],
         skipped_locations=content["skipped_locations"],
