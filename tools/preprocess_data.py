@@ -169,7 +169,10 @@ def _run(args: argparse.Namespace) -> BuildSummary:
 def _specs(args: argparse.Namespace) -> list[DatasetSpec]:
     if args.input:
         return [dataset_from_file(file, args.stage) for file in args.input]
-    return read_dataset_info(args.dataset_dir, args.dataset.split(","), args.stage)
+    names = [name.strip() for name in args.dataset.split(",")]
+    if not all(names):
+        raise ValueError(f"--dataset {args.dataset!r}: give names with commas between, a,b,c")
+    return read_dataset_info(args.dataset_dir, names, args.stage)
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:

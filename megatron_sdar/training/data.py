@@ -34,6 +34,8 @@ from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
 
+_TOLD_OPTIONS = ("template", "enable_thinking", "mask_history", "train_on_prompt")
+
 
 @dataclass(frozen=True)
 class TrainingDocuments:
@@ -88,8 +90,7 @@ def prepare_documents(
     data = config.data
     prefixes = list(data.data_path)
     if prefixes:
-        for prefix in prefixes:
-            _check_recipe(prefix, config)
+        run_on_main(lambda: _check_recipes(prefixes, config, say), mesh)
         # Damage far inside an index is found here, not after days of training.
         run_on_main(lambda: _verify(prefixes), mesh)
     else:
@@ -214,6 +215,29 @@ def _choose(
     return (store.select(ids),), validation
 
 
+def _check_recipes(prefixes: Sequence[str], config: SdarConfig, say: Callable[[str], None]) -> None:
+    """Refuse token files made with another tokenizer or other options, and tell their options."""
+    for prefix in prefixes:
+        _check_recipe(prefix, config)
+    first = read_metadata(prefixes[0]).recipe
+    path = tokenizer_path(config)
+    try:
+        fingerprint = load_tokenizer(path).fingerprint()
+    except ValueError as error:
+        say(f"the tokenizer of {prefixes[0]} is not checked: {error}")
+        fingerprint = first.tokenizer_fingerprint
+    if fingerprint != first.tokenizer_fingerprint:
+        raise ValueError(
+            f"data_path: {prefixes[0]} was made with another tokenizer than {path}; give the "
+            "tokenizer it was made with (tokenizer_name_or_path), or run "
+            "tools/preprocess_data.py with this one"
+        )
+    options = ", ".join(
+        f"{key} {value}" for key, value in first.template.items() if key in _TOLD_OPTIONS
+    )
+    say(f"{', '.join(prefixes)}: {options}")
+
+
 def _check_recipe(prefix: str, config: SdarConfig) -> None:
     """Refuse options that the token files at `prefix` were not made with.
 
@@ -250,9 +274,9 @@ def _tokenise(config: SdarConfig, say: Callable[[str], None]) -> list[str]:
     cache = data.tokenized_path or f"{config.training.output_dir}/tokenized/data"
     if Path(cache).is_dir():
         raise ValueError(
-            f"tokenized_path: {cache} is a folder, but here it is the prefix of token files (such "
-            f"as {cache}/tokens); a LLaMA-Factory cache of packed rows cannot be read, the "
-            "documents are tokenised again"
+            f"tokenized_path: {cache} is a folder, but here it is the prefix of token files; give "
+            f"{cache}/tokens instead (a LLaMA-Factory cache of packed rows cannot be read: its "
+            "documents are tokenised again)"
         )
     specs = resolve_datasets(data.dataset, data.dataset_dir, config.training.stage)
     builds: list[tuple[str, list[DatasetSpec]]] = [(cache, specs)]

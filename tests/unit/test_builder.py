@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from unit.token_builds import PAIRS, TEMPLATE, add_line, build, files
 
-from megatron_sdar.data.building import build_progress, builder, part
+from megatron_sdar.data.building import build_progress, builder, part, part_pool
 from megatron_sdar.data.building.build_progress import BuildProgress
 from megatron_sdar.data.building.summary import summarize_dataset
 from megatron_sdar.data.readers.spans import read_file
@@ -196,6 +196,25 @@ def test_skipped_records_are_counted_and_located(spec, tokenizer, tmp_path):
     text = summary.format()
     assert "2 records" in text
     assert f"1 empty answer, first at {spec.files[0]}:21" in text
+
+
+def test_a_column_of_skipped_records_only_is_not_called_missing(tokenizer, tmp_path):
+    records = [{"prompt": "p", "response": "r"}, {"prompt": "p", "response": "r", "history": "?"}]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    layout = Layout("alpaca", Columns("prompt", None, "response", history="history"))
+    spec = DatasetSpec("d", (file,), layout, ("history",))
+    summary = build([spec], tmp_path / "p", tokenizer, on_error="skip")
+    assert (summary.num_documents, summary.skipped) == (1, {"bad history": 1})
+
+
+def test_small_inputs_start_no_processes(spec, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(part_pool, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(builder, "available_cores", lambda: 2)
+    build([spec], tmp_path / "p", tokenizer, num_workers=None, part_bytes=500)
+    monkeypatch.setattr(builder, "_POOL_BYTES", 1)
+    with pytest.raises(TypeError, match="NoneType"):
+        build([spec], tmp_path / "q", tokenizer, num_workers=None, part_bytes=500)
 
 
 def test_what_a_record_loses_is_counted(tokenizer, tmp_path):

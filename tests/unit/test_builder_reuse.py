@@ -54,10 +54,18 @@ def test_a_full_disk_while_parts_are_joined_leaves_the_old_dataset(
         concatenate(*arguments, **options)
 
     monkeypatch.setattr(shards, "concatenate", die_second)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"p: disk full; .* run the same command again"):
         build([spec], tmp_path / "p", tokenizer, overwrite=True, max_samples=5)
     assert files(tmp_path / "p") == before
     assert len(TokenizedDataset(tmp_path / "p")) == 20
+
+
+def test_own_cache_without_its_metadata_is_rebuilt(spec, tokenizer, tmp_path):
+    build([spec], tmp_path / "p", tokenizer)
+    (tmp_path / "p.json").unlink()
+    with pytest.raises(ValueError, match=r"p\.bin exists already; .*overwrite_cache: true"):
+        ensure([spec], tmp_path / "p", tokenizer)
+    assert ensure([spec], tmp_path / "p", tokenizer, rebuild_stale=True).num_documents == 20
 
 
 def test_own_cache_of_an_older_format_is_rebuilt(spec, tokenizer, tmp_path):

@@ -69,6 +69,14 @@ def test_tool_builds_shards_on_several_machines_and_merges_them(demo, tmp_path):
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
+def test_tool_takes_names_with_spaces_between(demo, tmp_path):
+    arguments = ("--dataset-dir", demo, "--tokenizer", demo / "model", "--output-prefix")
+    result = run_tool("--dataset", "arithmetic, arithmetic_test", *arguments, tmp_path / "p")
+    assert result.returncode == 0, result.stderr
+    empty = run_tool("--dataset", "arithmetic,", *arguments, tmp_path / "q")
+    assert empty.stderr.startswith("error: --dataset 'arithmetic,': give names with commas")
+
+
 def test_tool_checks_row_sizes_before_it_builds(demo, tmp_path):
     result = run_tool(
         *("--input", demo / "test.jsonl", "--tokenizer", demo / "model"),

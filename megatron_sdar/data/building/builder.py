@@ -21,7 +21,7 @@ from megatron_sdar.data.building.build_options import (
 )
 from megatron_sdar.data.building.build_progress import BuildProgress
 from megatron_sdar.data.building.part import PartReport, part_pieces
-from megatron_sdar.data.building.part_pool import PartBuilder, build_parts
+from megatron_sdar.data.building.part_pool import PartBuilder, build_parts, storage_error
 from megatron_sdar.data.building.plan import Part, choose_part_bytes, plan_parts
 from megatron_sdar.data.building.shards import (
     check_complete,
@@ -45,6 +45,8 @@ from megatron_sdar.data.templates.template import TemplateOptions
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 _SAMPLE_RECORDS = 64
+# Below this, starting processes takes longer than the work.
+_POOL_BYTES = 2_000_000
 _SAMPLE_PARTS = 8
 _SAMPLE_CHARACTERS = 400_000
 
@@ -87,6 +89,8 @@ def ensure_dataset(
     caller's own); otherwise, and without overwrite, ValueError says what differs. The folder of
     the source files may differ; their names and contents may not.
     """
+    if rebuild_stale and not metadata_path(prefix).exists():
+        options = replace(options, overwrite=True)
     if metadata_path(prefix).exists() and not options.overwrite:
         try:
             metadata = read_metadata(prefix)
@@ -134,6 +138,8 @@ def _build(
     note = tokenizer.enable_fast(_sample_texts(specs, parts, template))
     builder = PartBuilder(tuple(specs), tokenizer, template, options.on_error)
     num_workers = options.num_workers or available_cores()
+    if options.num_workers is None and sum(p.num_bytes for p in parts.values()) < _POOL_BYTES:
+        num_workers = 1
     key = {
         "fingerprint": recipe.fingerprint(),
         "part_bytes": part_bytes,
@@ -156,7 +162,10 @@ def _build(
             except ValueError:
                 work.remove()  # the dataset has to change, so its parts serve no other build
                 raise
-        join_parts(list(prefixes.values()), target, metadata, work)
+        try:
+            join_parts(list(prefixes.values()), target, metadata, work)
+        except OSError as error:
+            raise storage_error(error, target) from error
         work.remove()
     return replace(
         summarize_dataset(target),

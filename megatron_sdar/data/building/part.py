@@ -160,6 +160,8 @@ def _iter_chunks(
             if not times:
                 continue
             report.num_records += times
+            if unseen and isinstance(record.value, dict):
+                unseen.difference_update(record.value)
             try:
                 document = _read(spec, record)
                 pieces = document_pieces(document, options)
@@ -171,8 +173,6 @@ def _iter_chunks(
                 continue
             for what in document.left_out:
                 report.left_out[what] = report.left_out.get(what, 0) + 1
-            if unseen and isinstance(record.value, dict):
-                unseen.difference_update(record.value)
             for _ in range(times):
                 chunk.add(pieces)
                 if chunk.num_characters >= _CHUNK_CHARACTERS:

@@ -48,10 +48,15 @@ class PartBuilder:
                 on_progress,
             )
         except OSError as error:
-            raise ValueError(
-                f"{error.filename or prefix}: {error.strerror or error}; the parts finished so "
-                "far are kept: mend this and run the same command again"
-            ) from error
+            raise storage_error(error, prefix) from error
+
+
+def storage_error(error: OSError, prefix: str) -> ValueError:
+    """What to tell of ERROR, met while writing at PREFIX."""
+    return ValueError(
+        f"{error.filename or prefix}: {error.strerror or error}; the parts finished so far are "
+        "kept: mend this and run the same command again"
+    )
 
 
 def build_parts(

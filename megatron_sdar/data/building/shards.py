@@ -40,7 +40,10 @@ def check_target(prefix: str, overwrite: bool) -> None:
     paths = [path for suffix in COMPANIONS for path in index_paths(f"{prefix}{suffix}")]
     for path in (*paths, metadata_path(prefix)):
         if path.exists():
-            raise ValueError(f"{path} exists already; choose another prefix or ask to overwrite it")
+            raise ValueError(
+                f"{path} exists already; choose another prefix, or "
+                "overwrite it (--overwrite, in a YAML overwrite_cache: true)"
+            )
 
 
 def merge_shards(prefix: str | Path, num_shards: int, *, overwrite: bool = False) -> BuildSummary:

@@ -66,7 +66,7 @@ class BuildSummary:
                 f"{'time':<16}{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
             )
         if self.tokenizer_note:
-            lines.append(f"{'tokenizer':<16}{self.tokenizer_note}")
+            lines.append(self.tokenizer_note.replace("tokenizer: ", f"{'tokenizer':<16}", 1))
         if self.num_resumed_parts:
             lines.append(
                 f"{'resumed':<16}{self.num_resumed_parts} of {self.num_parts} parts were there"

@@ -82,6 +82,8 @@ def pack_documents(
     ALGORITHM "llamafactory" gives the published rows, for parity: one position of a packed row
     stays free, documents are shortened before they are padded and then dropped when the padding
     does not fit, and NUM_WORKERS contiguous shares are packed apart, 1000 documents at a time.
+    One thing is not repeated: with block_length 1 and "drop" the published code keeps a document
+    whose first turns end exactly at the limit, without its later turns; here it is dropped.
 
     Raises ValueError for sizes that do not fit together and when no document is left.
     """
