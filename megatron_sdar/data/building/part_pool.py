@@ -22,6 +22,8 @@ from megatron_sdar.data.templates.template import TemplateOptions
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 _POLL_SECONDS = 0.2
+# So that workers that tell much do not keep a finished part waiting.
+_MESSAGES_PER_POLL = 1000
 
 OnProgress = Callable[[int, int], None]
 
@@ -101,13 +103,17 @@ def _collect(
     left = set(futures)
     while left:
         done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-        while not queue.empty():
+        for _ in range(_MESSAGES_PER_POLL):
+            if queue.empty():
+                break
             on_progress(*queue.get())
         for future in sorted(done, key=lambda future: futures[future]):
             result = future.result()
             if isinstance(result, str):
                 raise ValueError(result)
             yield futures[future], result
+    while not queue.empty():
+        on_progress(*queue.get())
 
 
 def _stop(
