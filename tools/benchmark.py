@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--input", type=Path, metavar="JSONL", help="default: generated problems")
     data.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
-    data.add_argument("--rounds", type=int, default=3, help="of each ratio (default %(default)s)")
+    data.add_argument("--rounds", type=int, default=2, help="of each ratio (default %(default)s)")
     data.add_argument(
         "--repeat", type=int, default=20, help="size of the large input (default %(default)sx)"
     )

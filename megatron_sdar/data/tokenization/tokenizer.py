@@ -63,7 +63,8 @@ class SdarTokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @property
-    def _backend(self) -> Tokenizer:
+    def backend(self) -> Tokenizer:
+        """The tokenizers library's own object."""
         # Reading 150 thousand tokens takes most of a second: a worker process that only needs
         # the fast encoder never does.
         if self._loaded is None:
@@ -76,22 +77,22 @@ class SdarTokenizer:
 
     def _serialized(self) -> str:
         if self._json is None:
-            self._json = self._backend.to_str()
+            self._json = self.backend.to_str()
         return self._json
 
     def _special_id(self, token: str) -> int:
-        token_id = self._backend.token_to_id(token)
+        token_id = self.backend.token_to_id(token)
         assert token_id is not None
         return token_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of TEXT; special-token strings inside it become their special ids."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of every text, using all cores."""
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_pieces(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -114,12 +115,12 @@ class SdarTokenizer:
 
         Both engines are compared on a fixed battery of texts and on SAMPLE_TEXTS.
         """
-        fast = build_fast_encoder(self._backend)
+        fast = build_fast_encoder(self.backend)
         if isinstance(fast, str):
             return f"tokenizer: tokenizers ({fast})"
-        added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+        added = [token.content for token in self.backend.get_added_tokens_decoder().values()]
         texts = [*check_texts(added), *sample_texts]
-        difference = cross_check(fast, self._backend, texts)
+        difference = cross_check(fast, self.backend, texts)
         if difference is not None:
             return f"tokenizer: tokenizers (first difference: {difference})"
         self._fast = fast
@@ -127,17 +128,17 @@ class SdarTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of IDS; SKIP_SPECIAL leaves special tokens out."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token; of a byte-level vocabulary perhaps a part of a character."""
-        token: str | None = self._backend.id_to_token(token_id)
-        added = self._backend.get_added_tokens_decoder()
+        token: str | None = self.backend.id_to_token(token_id)
+        added = self.backend.get_added_tokens_decoder()
         if (
             token is None
             or token_id in added
-            or not isinstance(self._backend.decoder, decoders.ByteLevel)
+            or not isinstance(self.backend.decoder, decoders.ByteLevel)
         ):
             return self.decode([token_id]).encode()
         characters = byte_characters()
@@ -145,7 +146,7 @@ class SdarTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Id of one token string, None when there is none."""
-        token_id: int | None = self._backend.token_to_id(token)
+        token_id: int | None = self.backend.token_to_id(token)
         return token_id
 
     def fingerprint(self) -> str:
