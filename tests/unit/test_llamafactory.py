@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.golden_sft import golden, require_golden, require_qwen3
+from unit.turns import piece_turns
 
 from megatron_sdar.data.loading.llamafactory import (
     greedy_knapsack,
@@ -20,7 +21,7 @@ from megatron_sdar.data.loading.llamafactory import (
     supervised_sample,
 )
 from megatron_sdar.data.sources.conversations import Conversation, Turn
-from megatron_sdar.data.templates.template import TemplateOptions, document_pieces, piece_turns
+from megatron_sdar.data.templates.template import TemplateOptions, document_pieces
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 PAD = 151643

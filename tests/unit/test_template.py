@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from unit.golden_sft import golden, read_case, require_golden, require_qwen3, template_options
+from unit.turns import piece_turns
 
 from megatron_sdar.data.demo import train_tokenizer
 from megatron_sdar.data.loading.packing import pad_to_block
@@ -20,7 +21,6 @@ from megatron_sdar.data.templates.template import (
     document_pieces,
     encode_conversation,
     join_pieces,
-    piece_turns,
 )
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 

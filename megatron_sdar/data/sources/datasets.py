@@ -46,8 +46,6 @@ __all__ = [
     "resolve_datasets",
 ]
 
-ON_ERROR_MODES = ("raise", "skip")
-
 # Records without a dataset_info.json entry: (prompt, query, response) columns, tried in order.
 _PAIR_STYLES = (
     ("instruction", "input", "output"),

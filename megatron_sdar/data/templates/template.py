@@ -176,24 +176,6 @@ def _chat_template_pieces(
     return pieces
 
 
-def piece_turns(pieces: Sequence[Piece], lengths: Sequence[int]) -> list[int]:
-    """[s1, t1, s2, t2, ...]: tokens of the prompt and of the answer of each pair.
-
-    LENGTHS are the tokens of each piece. The system prompt counts with the first prompt.
-    """
-    turns = [0, 0]
-    was_answer = False
-    for piece, length in zip(pieces, lengths, strict=True):
-        if piece.answer:
-            turns[-1] += length
-        elif was_answer:
-            turns += (length, 0)
-        else:
-            turns[-2] += length
-        was_answer = piece.answer
-    return turns
-
-
 def encode_conversation(
     tokenizer: SdarTokenizer, conversation: Conversation | PlainText, options: TemplateOptions
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
