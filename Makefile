@@ -24,7 +24,7 @@ PYTEST_ARGS ?=
 CHECKED := megatron_sdar kernels tools tests $(wildcard pretrain_sdar.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format clean
+.PHONY: help venv demo test test-slow aot check format clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -60,6 +60,9 @@ test: $(READY)  ## every test but the slow ones
 
 test-slow: $(READY)  ## the longer proofs
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+aot: $(READY)  ## compile every shipped kernel for every architecture, no GPU needed
+	$(PY) tools/compile_kernels.py
 
 check: $(READY)  ## formatting, lint and types, as CI wants them
 	$(PY) -m ruff format --check $(CHECKED)

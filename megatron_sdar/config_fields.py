@@ -77,7 +77,19 @@ class ModelConfig:
         choices=("auto", "mean", "mean_noise", "keep"),
     )
     attention_backend: str = _key(
-        "attention implementation", "auto", choices=("auto", "tiled", "flex", "reference")
+        "attention implementation; auto: FlexAttention or our Triton kernels on a GPU, tiled on "
+        "CPU, whichever first passes a numerical check when the run starts",
+        "auto",
+        choices=("auto", "flex", "triton", "tiled", "reference"),
+    )
+    attention_autotune: bool = _key(
+        "time the Triton attention kernels' tile sizes when the run starts, and use the fastest",
+        False,
+    )
+    fused_kernels: str = _key(
+        "norms, rotary, SwiGLU and loss; auto: triton on a GPU where its self-check passes",
+        "auto",
+        choices=("auto", "torch", "triton"),
     )
 
 

@@ -1,17 +1,16 @@
-"""Key intervals -> tile lists, in O(tokens + tiles), without a dense mask.
+"""Key intervals -> exact pair counts per tile -> tile lists, in O(tokens + tiles).
 
 Every query of a block-diffusion row sees the union of at most two contiguous key ranges. Adding
 each range end to a table of second differences and summing once along the key axis gives the
 exact number of allowed pairs in every (query tile, key tile): 0 is skipped, all is a full tile,
-anything between needs the mask. `AttentionMask` carries both what FlexAttention wants (counts)
-and what the tiled CPU path wants (query ranges with their key hulls).
+anything between needs the mask. No dense mask exists at any point.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,23 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IntArray = NDArray[np.int32]
-
-CPU_QUERY_TILE = 64
-
-
-@dataclass(frozen=True)
-class QueryTile:
-    """Queries [start, end) and the hulls of the two key ranges they need.
-
-    `open_keys` leading keys of the first hull are seen by every query of the tile, so only the
-    columns after them need the mask.
-    """
-
-    start: int
-    end: int
-    first: tuple[int, int]
-    second: tuple[int, int]
-    open_keys: int
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -44,91 +27,121 @@ class AttentionMask:
 
     Attributes:
         key_intervals: int32 [T, 4] on the compute device.
-        host_intervals: the same intervals as numpy, from which plans are built.
-        segment_starts: where documents, copies and padding begin.
-        query_tile: most queries in one tile of the CPU plan.
+        host_intervals: the same intervals as numpy, from which plans are made.
     """
 
     key_intervals: Tensor
     host_intervals: IntArray
-    segment_starts: NDArray[np.int64]
-    query_tile: int
+    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def query_tiles(self) -> tuple[QueryTile, ...]:
-        """The tiled CPU plan, made when first used; tiles never cross a segment border."""
-        borders = np.append(self.segment_starts, self.num_tokens)
-        return tuple(
-            _query_tile(self.host_intervals, start, min(start + self.query_tile, int(segment_end)))
-            for segment_start, segment_end in pairwise(borders)
-            for start in range(int(segment_start), int(segment_end), self.query_tile)
-        )
+    @classmethod
+    def build(cls, key_intervals: IntArray, device: torch.device | str = "cpu") -> AttentionMask:
+        """The metadata of a micro-batch.
+
+        Args:
+            key_intervals: int32 [T, 4], see `reference.dense_mask`. No query may be empty, and
+                the two ranges of one query may not overlap (a key would count twice).
+            device: where kernels will read the intervals.
+        """
+        assert key_intervals.shape[0] > 0, "a micro-batch holds at least one token"
+        lo1, hi1, lo2, hi2 = key_intervals.T
+        first, second = hi1 - lo1, hi2 - lo2
+        assert min(first.min(), second.min()) >= 0, "a range ends before it begins"
+        assert (first + second > 0).all(), "every query must see at least one key"
+        apart = (hi1 <= lo2) | (hi2 <= lo1) | (first == 0) | (second == 0)
+        assert apart.all(), "the two ranges of a query overlap"
+        return cls(torch.from_numpy(key_intervals).to(device), key_intervals)
 
     @property
     def num_tokens(self) -> int:
         return int(self.host_intervals.shape[0])
 
+    @property
+    def num_pairs(self) -> int:
+        """Allowed (query, key) pairs."""
+        lo1, hi1, lo2, hi2 = self.host_intervals.astype(np.int64).T
+        return int((hi1 - lo1 + hi2 - lo2).sum())
 
-def make_attention_mask(
-    key_intervals: IntArray,
-    segment_starts: NDArray[np.int64],
-    device: torch.device | str = "cpu",
-    query_tile: int = CPU_QUERY_TILE,
-) -> AttentionMask:
-    """Build the metadata of a micro-batch.
-
-    Args:
-        key_intervals: int32 [T, 4], see `reference.dense_mask`; no query may be empty.
-        segment_starts: ascending int64 [S], where documents, copies and padding begin;
-            segment_starts[0] == 0.
-        device: where kernels will read the intervals.
-        query_tile: most queries in one tile of the CPU plan.
-    """
-    num_tokens = key_intervals.shape[0]
-    seen = (key_intervals[:, 1] - key_intervals[:, 0]) + (key_intervals[:, 3] - key_intervals[:, 2])
-    assert num_tokens > 0, "a micro-batch holds at least one token"
-    assert (seen > 0).all(), "every query must see at least one key"
-    return AttentionMask(
-        torch.from_numpy(key_intervals).to(device), key_intervals, segment_starts, query_tile
-    )
-
-
-def _query_tile(key_intervals: IntArray, start: int, end: int) -> QueryTile:
-    tile = key_intervals[start:end]
-    first = _hull(tile[:, 0], tile[:, 1])
-    second = _hull(tile[:, 2], tile[:, 3])
-    if first[0] < second[1] and second[0] < first[1]:
-        # Overlapping hulls would count a key twice in the softmax: use one hull for both.
-        first, second = (min(first[0], second[0]), max(first[1], second[1])), (0, 0)
-    all_start_here = bool((tile[:, 0] == first[0]).all())
-    open_keys = max(0, int(tile[:, 1].min()) - first[0]) if all_start_here else 0
-    return QueryTile(start, end, first, second, open_keys)
-
-
-def _hull(lo: IntArray, hi: IntArray) -> tuple[int, int]:
-    used = hi > lo
-    if not used.any():
-        return 0, 0
-    return int(lo[used].min()), int(hi[used].max())
+    def plan(self, make: Callable[..., Plan], *options: Hashable) -> Plan:
+        """make(self, *options), made when first asked for and then kept."""
+        key = (make, options)
+        if key not in self._plans:
+            self._plans[key] = make(self, *options)
+        plan: Plan = self._plans[key]
+        return plan
 
 
 def tile_counts(key_intervals: IntArray, query_block: int, key_block: int) -> NDArray[np.int64]:
-    """Exact number of allowed (query, key) pairs per tile, int64 [query tiles, key tiles]."""
-    num_tokens = key_intervals.shape[0]
-    num_rows = -(-num_tokens // query_block)
-    num_columns = -(-num_tokens // key_block)
+    """Exact number of allowed (query, key) pairs per tile.
+
+    Args:
+        key_intervals: int32 [T, 4], or [R, T, 4] for R rows that do not see each other.
+        query_block, key_block: tile sizes; the last tiles may stick out over the end.
+
+    Returns:
+        int64 [query tiles, key tiles], or [R, query tiles, key tiles].
+    """
+    intervals = key_intervals.reshape(-1, *key_intervals.shape[-2:])
+    num_rows, num_tokens = intervals.shape[:2]
+    query_tiles, key_tiles = -(-num_tokens // query_block), -(-num_tokens // key_block)
     # Two spare columns: an end at num_tokens touches columns m and m + 1.
-    stride = num_columns + 2
-    rows = np.arange(num_tokens, dtype=np.int64) // query_block * stride
-    differences = np.zeros(num_rows * stride, dtype=np.float64)
-    for column, sign in ((0, -1), (1, 1), (2, -1), (3, 1)):
-        ends = key_intervals[:, column].astype(np.int64)
-        tile, rest = ends // key_block, ends % key_block
-        # Keys below `ends` fill tiles 0..tile-1 and `rest` of the next; the constant part of
-        # the first column cancels between the low and the high end of an interval.
-        for index, amount in ((tile, rest - key_block), (tile + 1, -rest)):
-            differences += np.bincount(
-                rows + index, weights=sign * amount, minlength=differences.size
-            )
-    counts = differences.reshape(num_rows, stride).cumsum(axis=1)[:, :num_columns]
-    return np.rint(counts).astype(np.int64)
+    stride = key_tiles + 2
+    tiles = np.arange(num_tokens) // query_block + np.arange(num_rows)[:, None] * query_tiles
+    lines, ends, repeats = _distinct(tiles.ravel() * stride, intervals.reshape(-1, 4))
+    tile = ends // key_block
+    rest = ends - tile * key_block
+    # Keys below `ends` fill tiles 0..tile-1 and `rest` of the next; the constant part of the
+    # first column cancels between the low and the high end of an interval.
+    weights = np.array([-1.0, 1.0, -1.0, 1.0]) * repeats[:, None]
+    places = lines[:, None] + tile
+    differences = np.bincount(
+        np.concatenate((places.ravel(), places.ravel() + 1)),
+        weights=np.concatenate(((weights * (rest - key_block)).ravel(), (weights * -rest).ravel())),
+        minlength=num_rows * query_tiles * stride,
+    )
+    counts = differences.reshape(num_rows, query_tiles, stride).cumsum(axis=2)[..., :key_tiles]
+    exact = np.rint(counts).astype(np.int64)
+    return exact.reshape(*key_intervals.shape[:-2], query_tiles, key_tiles)
+
+
+def _distinct(
+    lines: NDArray[np.int64], intervals: IntArray
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Neighbours of one line with equal intervals joined: lines, intervals, how many they were."""
+    same = (lines[1:] == lines[:-1]) & (intervals[1:] == intervals[:-1]).all(axis=1)
+    starts = np.concatenate(([0], np.flatnonzero(~same) + 1))
+    repeats = np.diff(starts, append=lines.size)
+    return lines[starts], intervals[starts].astype(np.int64), repeats
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """Which key tiles every query tile needs: partial ones (with the mask) and full ones.
+
+    Attributes:
+        num_partial, num_full: int32 [..., query tiles].
+        partial, full: int32 [..., query tiles, key tiles], the needed ones first, ascending;
+            behind them the others, ascending.
+    """
+
+    num_partial: IntArray
+    partial: IntArray
+    num_full: IntArray
+    full: IntArray
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], tile: tuple[int, int]) -> TileLists:
+        """From `tile_counts`; the lists of the transpose tell which queries a key tile needs."""
+        is_full = counts == tile[0] * tile[1]
+        return cls(*_chosen_first((counts > 0) & ~is_full), *_chosen_first(is_full))
+
+
+def _chosen_first(chosen: NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
+    """Per row: how many columns are chosen, and all columns with the chosen ones first."""
+    num_chosen = np.count_nonzero(chosen, axis=-1).astype(np.int32)
+    columns = np.arange(chosen.shape[-1], dtype=np.int32)
+    in_front = columns < num_chosen[..., None]
+    columns = np.broadcast_to(columns, chosen.shape)
+    order = np.empty(chosen.shape, dtype=np.int32)
+    order[in_front], order[~in_front] = columns[chosen], columns[~chosen]
+    return num_chosen, order

@@ -113,9 +113,11 @@ def build_row(
     position_ids[:end] = _take_blocks(np.arange(ids.size), blocks.positions, block_length)
     key_intervals = np.zeros((row_length, 4), dtype=np.int32)
     key_intervals[:end] = np.repeat(blocks.key_intervals, block_length, axis=0)
-    # Each padding token is a document of its own and sees itself only.
-    key_intervals[end:, 0] = np.arange(end, row_length)
-    key_intervals[end:, 1] = np.arange(end + 1, row_length + 1)
+    # Each padding token is a document of its own: it sees itself only, as a noisy block does
+    # that has no clean block before it.
+    key_intervals[end:, :2] = end
+    key_intervals[end:, 2] = np.arange(end, row_length)
+    key_intervals[end:, 3] = np.arange(end + 1, row_length + 1)
     views = [view for document in documents for view in document.views]
     masked = _join([view.noise.masked for view in views], np.bool_)
     masked_places = np.flatnonzero(_take_blocks(masked, blocks.mask_sources, block_length))

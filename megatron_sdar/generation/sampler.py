@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sdar_kernels.attention import AttentionPlan
+from sdar_kernels.block_mask import AttentionMask
 from torch import Tensor
 
 from megatron_sdar.model.sdar import DeviceBatch, SdarStage
@@ -211,7 +211,7 @@ def _sequence_batch(ids: Tensor, block_length: int) -> DeviceBatch:
     return DeviceBatch(
         input_ids=ids,
         position_ids=torch.from_numpy(positions).to(ids.device),
-        plan=AttentionPlan.build(intervals, np.zeros(1, dtype=np.int64), ids.device),
+        mask=AttentionMask.build(intervals, ids.device),
         loss_positions=empty,
         target_ids=empty,
         loss_weights=empty.double(),

@@ -19,8 +19,9 @@ from megatron_sdar.data.sources.conversations import Conversation, Turn, require
 from megatron_sdar.data.templates.template import TemplateOptions, conversation_pieces
 from megatron_sdar.data.tokenization.tokenizer import END_OF_TEXT, SdarTokenizer, load_tokenizer
 from megatron_sdar.generation.sampler import GenerationResult, SamplerConfig, generate
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import materialize
 from megatron_sdar.parallel.mesh import (
     build_mesh,

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sdar_kernels.attention import AttentionPlan, block_diffusion_attention
-from sdar_kernels.rms_norm import apply_rotary, rms_norm
+from sdar_kernels.attention import block_diffusion_attention
+from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.rms_norm import qk_norm_rope
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.parallel.layers import (
     ColumnParallelLinear,
     ReplicatedHeadLinear,
@@ -28,7 +30,7 @@ from megatron_sdar.parallel.layers import (
 class TokenLayout:
     """What every layer of a micro-batch shares: mask metadata and rotary tables [T, 1, H]."""
 
-    plan: AttentionPlan
+    mask: AttentionMask
     cos: Tensor
     sin: Tensor
 
@@ -36,13 +38,12 @@ class TokenLayout:
 class SdarAttention(nn.Module):
     """Attention over whole tokens; returns this tp rank's partial sum of the output."""
 
-    def __init__(
-        self, arch: Architecture, tp: DeviceMesh, dtype: torch.dtype, backend: str
-    ) -> None:
+    def __init__(self, arch: Architecture, tp: DeviceMesh, options: ModelOptions) -> None:
         super().__init__()
         self.head_dim = arch.head_dim
         self.eps = arch.rms_norm_eps
-        self.backend = backend
+        self.options = options
+        dtype = options.dtype
         hidden, kv_heads = arch.hidden_size, arch.num_key_value_heads
         query_size = arch.num_attention_heads * arch.head_dim
         self.q_proj = ColumnParallelLinear(hidden, query_size, tp, dtype)
@@ -58,9 +59,13 @@ class SdarAttention(nn.Module):
         q = self.q_proj(x_TD).view(num_tokens, -1, self.head_dim)
         k = self.k_proj(x_TD).view(num_tokens, -1, self.head_dim)
         v = self.v_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        q = apply_rotary(rms_norm(q, self.q_norm(), self.eps), layout.cos, layout.sin)
-        k = apply_rotary(rms_norm(k, self.k_norm(), self.eps), layout.cos, layout.sin)
-        out = block_diffusion_attention(q, k, v, layout.plan, self.backend)
+        cos, sin, impl = layout.cos, layout.sin, self.options.fused_kernels
+        q = qk_norm_rope(q, self.q_norm(), self.eps, cos, sin, impl)
+        k = qk_norm_rope(k, self.k_norm(), self.eps, cos, sin, impl)
+        options = self.options
+        out = block_diffusion_attention(
+            q, k, v, layout.mask, options.attention_backend, options.attention_config
+        )
         return self.o_proj(out.reshape(num_tokens, -1))
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from megatron_sdar.architecture import Architecture
-from megatron_sdar.model.sdar import ModelOptions, SdarStage, StageRange
+from megatron_sdar.model.options import ModelOptions
+from megatron_sdar.model.sdar import SdarStage, StageRange
 from megatron_sdar.parallel.data_parallel import apply_data_parallel
 from megatron_sdar.parallel.mesh import ParallelMesh
 

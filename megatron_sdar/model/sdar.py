@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sdar_kernels.attention import AttentionPlan
+from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.rms_norm import rms_norm, rotary_tables
+from sdar_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.model.attention import SdarAttention, TokenLayout
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.parallel.collectives import enter_parallel_region, leave_parallel_region
 from megatron_sdar.parallel.cross_entropy import VocabShard, vocab_parallel_cross_entropy
 from megatron_sdar.parallel.layers import (
@@ -32,25 +34,6 @@ from megatron_sdar.parallel.layers import (
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How the model is computed, apart from its architecture.
-
-    Attributes:
-        padded_vocab_size: vocabulary rows including padding.
-        dtype: of the parameters.
-        sequence_parallel: split norms and residuals over tp along tokens.
-        recompute: recompute each layer's activations in backward.
-        attention_backend: resolved name (sdar_kernels.attention.resolve_backend).
-    """
-
-    padded_vocab_size: int
-    dtype: torch.dtype
-    sequence_parallel: bool
-    recompute: bool
-    attention_backend: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ class DeviceBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    plan: AttentionPlan
+    mask: AttentionMask
     loss_positions: Tensor
     target_ids: Tensor
     loss_weights: Tensor
@@ -86,14 +69,16 @@ class DeviceBatch:
 class SdarMLP(nn.Module):
     """SwiGLU; returns this tp rank's partial sum."""
 
-    def __init__(self, arch: Architecture, tp: DeviceMesh, dtype: torch.dtype) -> None:
+    def __init__(self, arch: Architecture, tp: DeviceMesh, options: ModelOptions) -> None:
         super().__init__()
+        dtype = options.dtype
+        self.fused_kernels = options.fused_kernels
         self.gate_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.up_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.down_proj = RowParallelLinear(arch.intermediate_size, arch.hidden_size, tp, dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), self.fused_kernels))
 
 
 class SdarDecoderLayer(nn.Module):
@@ -103,15 +88,16 @@ class SdarDecoderLayer(nn.Module):
         super().__init__()
         self.tp = tp
         self.eps = arch.rms_norm_eps
+        self.fused_kernels = options.fused_kernels
         self.recompute = options.recompute
         self.sequence_parallel = options.sequence_parallel and tp.size() > 1
         partial = self.sequence_parallel
         self.input_layernorm = ReplicatedVector(arch.hidden_size, tp, options.dtype, partial)
-        self.self_attn = SdarAttention(arch, tp, options.dtype, options.attention_backend)
+        self.self_attn = SdarAttention(arch, tp, options)
         self.post_attention_layernorm = ReplicatedVector(
             arch.hidden_size, tp, options.dtype, partial
         )
-        self.mlp = SdarMLP(arch, tp, options.dtype)
+        self.mlp = SdarMLP(arch, tp, options)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Residual stream in, residual stream out.
@@ -127,10 +113,10 @@ class SdarDecoderLayer(nn.Module):
 
     def _forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         group, split = self.tp.get_group(), self.sequence_parallel
-        normed = rms_norm(x, self.input_layernorm(), self.eps)
+        normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
         out = self.self_attn(enter_parallel_region(normed, group, split), layout)
         x = x + leave_parallel_region(out, group, split)
-        normed = rms_norm(x, self.post_attention_layernorm(), self.eps)
+        normed = rms_norm(x, self.post_attention_layernorm(), self.eps, self.fused_kernels)
         out = self.mlp(enter_parallel_region(normed, group, split))
         return x + leave_parallel_region(out, group, split)
 
@@ -167,6 +153,7 @@ class SdarStage(nn.Module):
         self.arch = arch
         self.stage = stage
         self.tp = tp
+        self.fused_kernels = options.fused_kernels
         self.sequence_parallel = options.sequence_parallel and tp.size() > 1
         self.vocab_shard = VocabShard.of(tp, arch.vocab_size, options.padded_vocab_size)
         self.model = SdarBody(arch, stage, tp, options)
@@ -207,18 +194,23 @@ class SdarStage(nn.Module):
         cos, sin = rotary_tables(
             batch.position_ids, self.arch.head_dim, self.arch.rope_theta, x.dtype
         )
-        layout = TokenLayout(batch.plan, cos, sin)
+        layout = TokenLayout(batch.mask, cos, sin)
         for layer in self.model.layers.values():
             x = layer(x, layout)
         if not self.stage.is_last:
             return x
-        x = rms_norm(x, self.model.norm(), self.arch.rms_norm_eps)
+        x = rms_norm(x, self.model.norm(), self.arch.rms_norm_eps, self.fused_kernels)
         x = enter_parallel_region(x, self.tp.get_group(), self.sequence_parallel)
         x_MD = x.index_select(0, batch.loss_positions)
         head_VD = local_weight(self.lm_head.weight)
         if return_logits:
             return F.linear(x_MD, head_VD)[:, : self.vocab_shard.num_valid]
         loss_sum = vocab_parallel_cross_entropy(
-            x_MD, head_VD, batch.target_ids, batch.loss_weights, self.vocab_shard
+            x_MD,
+            head_VD,
+            batch.target_ids,
+            batch.loss_weights,
+            self.vocab_shard,
+            impl=self.fused_kernels,
         )
         return loss_sum * batch.loss_scale

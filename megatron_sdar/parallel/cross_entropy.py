@@ -1,23 +1,19 @@
-"""Vocabulary-parallel weighted cross-entropy over masked positions, in chunks.
+"""Vocabulary-parallel weighted cross-entropy over masked positions.
 
-The logits of a chunk exist only while the chunk is computed, and never as [tokens, vocabulary]
-at once. Gradients of hidden states and head are formed in the same pass, since the loss is a
-scalar: three matmuls per chunk instead of four. The matmul runs in the hidden states' dtype; its
-logits are widened to fp32 (or stay fp64) before any statistic is taken.
+The tensor math, in chunks of tokens, is sdar_kernels.linear_cross_entropy; here stand the shard
+of the vocabulary that a rank holds and the collectives that combine the ranks' statistics.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import torch
+from sdar_kernels.linear_cross_entropy import ALONE, Reductions, linear_cross_entropy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_sdar.parallel.collectives import all_reduce_max, all_reduce_sum
-
-CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,8 @@ def vocab_parallel_cross_entropy(
     targets_M: Tensor,
     loss_weights_M: Tensor,
     shard: VocabShard,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
+    impl: str = "torch",
 ) -> Tensor:
     """sum_i w_i * CE_i over M masked positions, a scalar in fp32 or wider.
 
@@ -58,76 +55,29 @@ def vocab_parallel_cross_entropy(
         weight_VD: local head rows [padded V / tp, D].
         targets_M: global token ids [M].
         loss_weights_M: [M].
+        chunk_tokens: tokens whose logits exist at once; default: from a byte budget that is the
+            same on every rank.
+        impl: resolved `fused_kernels`.
 
     Collectives per chunk, forward: all_reduce max [m] and sum [2, m]; backward: none.
     """
-    wants_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
-    return _WeightedCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, loss_weights_M, shard, chunk_tokens, wants_grad
+    return linear_cross_entropy(
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        loss_weights_M,
+        first_token=shard.start,
+        num_valid=shard.num_valid,
+        reductions=_reductions(shard.tp),
+        chunk_tokens=chunk_tokens,
+        impl=impl,
     )
 
 
-class _WeightedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        loss_weights: Tensor,
-        shard: VocabShard,
-        chunk_tokens: int,
-        wants_grad: bool,
-    ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = grad_weight = None
-        if wants_grad:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight, dtype=wide)
-        used = weight[: shard.num_valid]
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            weights = loss_weights[rows].to(wide)
-            losses, grad_logits = _chunk(hidden[rows] @ used.T, targets[rows], shard, wide)
-            total += (losses * weights).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                grad_logits = grad_logits.mul_(weights.unsqueeze(-1)).to(hidden.dtype)
-                grad_hidden[rows] = grad_logits @ used
-                grad_weight[: shard.num_valid] += grad_logits.T @ hidden[rows]
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
-
-
-def _chunk(
-    logits: Tensor, targets: Tensor, shard: VocabShard, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Losses [m] and d loss / d local logits [m, valid] of one chunk."""
-    group = shard.tp.get_group()
-    logits = logits.to(wide)
-    if shard.num_valid:
-        peak = logits.amax(dim=-1)
-    else:
-        peak = logits.new_full((logits.shape[0],), torch.finfo(wide).min)
-    peak = all_reduce_max(peak, group)
-    logits = logits.sub_(peak.unsqueeze(-1))
-    local_targets = targets - shard.start
-    rows = torch.nonzero((local_targets >= 0) & (local_targets < shard.num_valid)).squeeze(-1)
-    columns = local_targets[rows]
-    sums = logits.new_zeros(2, logits.shape[0])
-    sums[1, rows] = logits[rows, columns]
-    exponentials = logits.exp_()
-    sums[0] = exponentials.sum(dim=-1)
-    normalizer, target_logits = all_reduce_sum(sums, group)
-    losses = normalizer.log() - target_logits
-    grad_logits = exponentials.div_(normalizer.unsqueeze(-1))
-    grad_logits[rows, columns] -= 1.0
-    return losses, grad_logits
+def _reductions(tp: DeviceMesh) -> Reductions:
+    if tp.size() == 1:
+        return ALONE
+    group = tp.get_group()
+    return Reductions(
+        maximum=partial(all_reduce_max, group=group), total=partial(all_reduce_sum, group=group)
+    )

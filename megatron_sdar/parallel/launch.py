@@ -46,6 +46,13 @@ def run_on_main(function: Callable[[], Result], mesh: ParallelMesh) -> Result:
     return result
 
 
+def gather_from_all(value: Result, mesh: ParallelMesh) -> list[Result]:
+    """Every rank's value, by rank; small and picklable. Collective: all_gather_object (world)."""
+    values: list[Any] = [None] * dist.get_world_size(mesh.control)
+    dist.all_gather_object(values, value, group=mesh.control)
+    return values
+
+
 def leave_together(message: str, launch: LaunchInfo) -> NoReturn:
     """Print the error once and exit with code 1 on every rank.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sdar_kernels.attention import AttentionPlan
+from sdar_kernels.block_mask import AttentionMask
 
 from megatron_sdar.diffusion.rows import Row
 from megatron_sdar.model.sdar import DeviceBatch
@@ -17,11 +17,10 @@ def to_device(row: Row, device: torch.device, loss_scale: float) -> DeviceBatch:
         device: target device.
         loss_scale: this micro-batch's factor in the step's loss.
     """
-    plan = AttentionPlan.build(row.key_intervals, row.segment_starts, device)
     return DeviceBatch(
         input_ids=torch.from_numpy(row.input_ids).to(device),
         position_ids=torch.from_numpy(row.position_ids).to(device),
-        plan=plan,
+        mask=AttentionMask.build(row.key_intervals, device),
         loss_positions=torch.from_numpy(row.loss_positions).to(device),
         target_ids=torch.from_numpy(row.target_ids).to(device),
         loss_weights=torch.from_numpy(row.loss_weights).to(device),

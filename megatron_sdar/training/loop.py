@@ -38,6 +38,7 @@ from megatron_sdar.training.data import (
     prepare_documents,
     tokenizer_path,
 )
+from megatron_sdar.training.kernels import choose_kernels
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.setup import make_stages, make_step
@@ -106,7 +107,9 @@ class TrainingRun:
         indexes = pack(self.config, self.arch, documents)
         self.say(describe_pack(documents, indexes, self.config))
         loader = make_loader(self.config, self.arch, self.mesh, documents, indexes)
-        stages = make_stages(self.config, self.arch, self.mesh)
+        kernels = choose_kernels(self.config, self.arch, self.mesh)
+        self.say(kernels.description)
+        stages = make_stages(self.config, self.arch, self.mesh, kernels)
         if resume is None:
             self._start_weights(stages)
         step = make_step(self.config, self.arch, self.mesh, stages)

@@ -6,44 +6,29 @@ before the process group (its errors need no collective), everything else after.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
-from sdar_kernels.attention import resolve_backend
+from dataclasses import replace
 
 from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.storage.metadata import read_metadata
 from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.optim.schedules import lr_multiplier
 from megatron_sdar.parallel.mesh import ParallelMesh
 from megatron_sdar.training.data import tokenizer_path
+from megatron_sdar.training.kernels import KernelChoice
+from megatron_sdar.training.precision import precision
 from megatron_sdar.training.step import TrainingStep, named_parameters
-
-
-@dataclass(frozen=True)
-class Precision:
-    """dtypes of a run: stored parameters and optimizer, and what layers compute in."""
-
-    params: torch.dtype
-    compute: torch.dtype
 
 
 def check_schedule(config: SdarConfig) -> None:
     """Refuse schedule arguments that the schedule would refuse at the first step (ValueError)."""
     optim = config.optim
     lr_multiplier(optim.lr_scheduler_type, 0, 2, 1, optim.lr_scheduler_kwargs, optim.learning_rate)
-
-
-def precision(config: SdarConfig) -> Precision:
-    """fp32 throughout, bf16 compute over fp32 parameters, or fp64 for verification."""
-    if config.training.fp64:
-        return Precision(torch.float64, torch.float64)
-    return Precision(torch.float32, torch.bfloat16 if config.training.bf16 else torch.float32)
 
 
 def resolve_architecture(config: SdarConfig) -> Architecture:
@@ -85,7 +70,9 @@ def resolve_architecture(config: SdarConfig) -> Architecture:
     return arch
 
 
-def make_stages(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> list[SdarStage]:
+def make_stages(
+    config: SdarConfig, arch: Architecture, mesh: ParallelMesh, kernels: KernelChoice
+) -> list[SdarStage]:
     """This rank's stages with uninitialised storage on the device.
 
     Collective: creates FSDP's groups.
@@ -98,7 +85,9 @@ def make_stages(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> l
         dtype=dtypes.params,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.training.recompute_granularity != "none",
-        attention_backend=resolve_backend(config.model.attention_backend, mesh.device),
+        attention_backend=kernels.attention,
+        fused_kernels=kernels.fused_kernels,
+        attention_config=kernels.attention_config,
     )
     stages = build_stages(
         arch,

@@ -15,8 +15,8 @@ from megatron_sdar.architecture import Architecture, padded_vocab_size
 from megatron_sdar.config import OptimConfig
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.diffusion.rows import Row, build_row, concatenate_rows, full_copies
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
@@ -46,6 +46,7 @@ class Layout:
     rows_per_micro_batch: int = 1
     silent_half: bool = False
     backend: str = "tiled"
+    fused: str = "torch"
     ragged: bool = False
     bf16: bool = False
 
@@ -107,6 +108,26 @@ LAYOUTS = [
     Layout("pp2_dp2_interleaved_recompute", pp=2, dp=2, vpp=2, recompute=True),
     Layout("pp2_dp2_zero3", pp=2, dp=2, strategy="optim_grads_params"),
     Layout("pp2_dp2_one_rank_without_masks", pp=2, dp=2, silent_half=True),
+]
+# torch has no compiled FlexAttention backward on CPU; see unit.flex_on_cpu.
+FLEX = [
+    Layout("one_process_flex", backend="flex"),
+    Layout("one_process_flex_recompute_tied", backend="flex", recompute=True, tied=True),
+    Layout("tp2_sp_flex", tp=2, sequence_parallel=True, backend="flex"),
+    Layout("pp2_ragged_flex", pp=2, ragged=True, backend="flex"),
+    Layout("dp2_zero3_flex", dp=2, strategy="optim_grads_params", backend="flex"),
+]
+# Attention and every fused kernel, in Triton's interpreter.
+TRITON = [
+    Layout("one_process_triton", backend="triton", fused="triton"),
+    Layout("tp2_sp_triton", tp=2, sequence_parallel=True, backend="triton", fused="triton"),
+    Layout("pp2_ragged_triton", pp=2, ragged=True, backend="triton", fused="triton"),
+]
+TRITON_SLOW = [
+    Layout("one_process_triton_recompute", backend="triton", fused="triton", recompute=True),
+    Layout("tp2_triton_tied", tp=2, tied=True, backend="triton", fused="triton"),
+    Layout("dp2_no_masks_triton", dp=2, silent_half=True, backend="triton", fused="triton"),
+    Layout("tp2_pp2_triton", tp=2, pp=2, sequence_parallel=True, backend="triton", fused="triton"),
 ]
 EIGHT = [
     Layout("tp2_pp2_dp2", tp=2, pp=2, dp=2, sequence_parallel=True),
@@ -181,6 +202,7 @@ def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdam
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
         attention_backend=layout.backend,
+        fused_kernels=layout.fused,
     )
     stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy, compute)
     materialize(stages, mesh.device)

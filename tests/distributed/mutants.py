@@ -14,8 +14,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from distributed.layouts import Layout, run_layout
-from sdar_kernels.attention import AttentionPlan
+import torch
+from distributed.layouts import BLOCK, Layout, run_layout
+from sdar_kernels import tile_runs
+from sdar_kernels.block_mask import AttentionMask
+from torch import Tensor
 
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.parallel import collectives
@@ -62,8 +65,7 @@ def _middle_stage_without_metadata() -> mock._patch:
             tokens = batch.num_tokens
             intervals = np.zeros((tokens, 4), dtype=np.int32)
             intervals[:, 1] = np.arange(1, tokens + 1)
-            plan = AttentionPlan.build(intervals, np.zeros(1, dtype=np.int64), "cpu")
-            batch = replace(batch, plan=plan)
+            batch = replace(batch, mask=AttentionMask.build(intervals))
         return original(self, hidden, batch, return_logits)
 
     return mock.patch.object(SdarStage, "forward", forward)
@@ -109,14 +111,56 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
 }
 
 
+def _changed_plan(name: str, change: Callable[[Tensor], None]) -> mock._patch:
+    """A plan of the Triton kernels whose tile table is changed before they read it."""
+    original = getattr(tile_runs, name)
+
+    def make(*arguments: object) -> object:
+        plan = original(*arguments)
+        change(plan.tiles)
+        return plan
+
+    return mock.patch(f"sdar_kernels.triton_attention.{name}", make)
+
+
+def _own_block_cut_short() -> mock._patch:
+    def change(tiles: Tensor) -> None:
+        # A noisy tile misses the first token of its own blocks. (Padding would become NaN.)
+        noisy = (tiles[:, 6] - tiles[:, 5] > 1) & (tiles[:, 4] > tiles[:, 2])
+        tiles[:, 5] += noisy.int()
+
+    return _changed_plan("make_query_tiles", change)
+
+
+def _last_keys_unseen() -> mock._patch:
+    def change(tiles: Tensor) -> None:
+        tiles[:, 4] -= torch.where(tiles[:, 4] - tiles[:, 3] > BLOCK, BLOCK, 0).int()
+
+    return _changed_plan("make_query_tiles", change)
+
+
+def _keys_miss_a_run() -> mock._patch:
+    def change(tiles: Tensor) -> None:
+        tiles[:, 3] -= (tiles[:, 3] - tiles[:, 2] > 1).int()  # one copy sends no gradient back
+
+    return _changed_plan("make_key_tiles", change)
+
+
+KERNEL_MUTANTS: dict[str, tuple[Patch, Layout]] = {
+    "own_block_cut_short": (_own_block_cut_short, Layout("k1", backend="triton")),
+    "keys_miss_a_run": (_keys_miss_a_run, Layout("k2", backend="triton")),
+    "last_keys_unseen": (_last_keys_unseen, Layout("k3", backend="triton")),
+}
+
+
 @contextmanager
 def _applied(name: str) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(MUTANTS[name][0]())
+        stack.enter_context({**MUTANTS, **KERNEL_MUTANTS}[name][0]())
         yield
 
 
 def run_mutant(name: str, directory: Path) -> None:
     """Run the mutant's layout with its defect in place (on every rank of the world)."""
     with _applied(name):
-        run_layout(MUTANTS[name][1], directory)
+        run_layout({**MUTANTS, **KERNEL_MUTANTS}[name][1], directory)

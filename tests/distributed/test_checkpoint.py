@@ -43,8 +43,9 @@ from megatron_sdar.checkpoint.native_import import import_hf
 from megatron_sdar.checkpoint.safetensors_files import full_ranges
 from megatron_sdar.checkpoint.shards import ShardedTensors, write_shard
 from megatron_sdar.config import OptimConfig
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.launch import run_on_main

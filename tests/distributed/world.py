@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -35,16 +36,26 @@ def _rank_main(rank: int, world_size: int, jobs: Sequence[Job], directory: str) 
     os._exit(code)
 
 
-def run_world(world_size: int, jobs: Sequence[Job], directory: Path) -> None:
-    """Run jobs in order on `world_size` processes; raises with the ranks' tracebacks."""
+def run_world(
+    world_size: int,
+    jobs: Sequence[Job],
+    directory: Path,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run jobs in order on `world_size` processes; raises with the ranks' tracebacks.
+
+    Args:
+        environment: variables that the processes find set before their first import.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, list(jobs), str(directory)))
         for rank in range(world_size)
     ]
-    for process in ranks:
-        process.start()
+    with mock.patch.dict(os.environ, environment or {}):
+        for process in ranks:
+            process.start()
     for process in ranks:
         process.join(timeout=600)
     hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]

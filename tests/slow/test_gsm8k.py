@@ -23,8 +23,9 @@ from megatron_sdar.data.loading.loader import DocumentStore, RowLoader, RowOptio
 from megatron_sdar.data.loading.packing import pack_documents
 from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.diffusion.rows import Row
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.batch import to_device

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sdar_kernels.block_mask import AttentionMask, make_attention_mask
+from sdar_kernels.block_mask import AttentionMask
 from torch import Tensor
 
 from megatron_sdar.diffusion.noise import NoiseDraw
@@ -38,10 +38,8 @@ class Packing:
     documents: list[RowDocument]
     block_length: int
 
-    def mask(self, query_tile: int = 64) -> AttentionMask:
-        return make_attention_mask(
-            self.row.key_intervals, self.row.segment_starts, query_tile=query_tile
-        )
+    def mask(self) -> AttentionMask:
+        return AttentionMask.build(self.row.key_intervals)
 
 
 def may_see(query: Token, key: Token, same_token: bool) -> bool:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sdar_kernels.attention import AttentionPlan
-from sdar_kernels.block_mask import make_attention_mask, tile_counts
-from sdar_kernels.flex_attention import interval_mask_mod, make_block_mask
+from sdar_kernels.block_mask import AttentionMask, tile_counts
+from sdar_kernels.flex_attention import (
+    interval_block_mask,
+    interval_mask_mod,
+    make_block_mask,
+)
 from sdar_kernels.reference import dense_mask
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from unit.intervals import random_intervals
 from unit.packings import Packing, concatenated, random_packing, rule_mask
 
 BLOCK_LENGTHS = (1, 2, 3, 4, 8)
@@ -127,29 +131,63 @@ LISTS = (
 )
 
 
-@pytest.mark.parametrize("tile", [16, 32, 64, 128])
-def test_block_mask_is_torchs_tensor_for_tensor(tile: int) -> None:
-    sizes, num_full = set(), 0
-    max_blocks = 14 if tile == 128 else 6
-    for seed in range(20):
+def _assert_torchs_own(intervals: np.ndarray, tile: tuple[int, int], case: str) -> BlockMask:
+    """`interval_block_mask` against `create_block_mask`, every tensor; returns ours."""
+    device_intervals = torch.from_numpy(intervals)
+    num_rows = intervals.shape[0] if intervals.ndim == 3 else 1
+    num_tokens = intervals.shape[-2]
+    ours = interval_block_mask(intervals, device_intervals, tile)
+    theirs = create_block_mask(
+        interval_mask_mod(device_intervals), num_rows, 1, num_tokens, num_tokens, "cpu",
+        BLOCK_SIZE=tile,
+    )  # fmt: skip
+    assert ours.seq_lengths == theirs.seq_lengths
+    assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in LISTS:
+        left, right = getattr(ours, name), getattr(theirs, name)
+        assert left.dtype == right.dtype, f"{case}: {name}"
+        assert torch.equal(left, right), f"{case}: {name}"
+    return ours
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 32), (64, 64), (128, 64), (32, 128)])
+def test_block_mask_is_torchs_tensor_for_tensor(tile: tuple[int, int]) -> None:
+    """With the two tests below 500 cases: 84 rows for each of five tiles, 60 batches, 20 others."""
+    ragged, num_full = set(), 0
+    for seed in range(84):
         block_length = (1, 4, 16, 48)[seed % 4]
-        packing = random_packing(100 * tile + seed, block_length, max_blocks=max_blocks)
-        mask = packing.mask()
-        ours = make_block_mask(mask, tile)
-        total = mask.num_tokens
-        theirs = create_block_mask(
-            interval_mask_mod(mask.key_intervals), 1, 1, total, total, "cpu", BLOCK_SIZE=tile
-        )
-        assert ours.seq_lengths == theirs.seq_lengths
-        assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
-        for name in LISTS:
-            left, right = getattr(ours, name), getattr(theirs, name)
-            assert left.dtype == right.dtype, name
-            assert torch.equal(left, right), f"seed {seed}: {name}"
-        sizes.add(total % tile == 0)
+        max_blocks = (60, 20, 8, 4)[seed % 4]
+        packing = random_packing(100 * tile[0] + seed, block_length, max_blocks=max_blocks)
+        ours = _assert_torchs_own(packing.row.key_intervals, tile, f"seed {seed}")
+        ragged.add(packing.row.num_tokens % tile[0] == 0)
         num_full += int(ours.full_kv_num_blocks.sum())
-    assert False in sizes, "some lengths must not be multiples of the tile"
+    assert False in ragged, "some lengths must not be multiples of the tile"
     assert num_full > 0, "some tiles must be full"
+
+
+def test_block_mask_of_batched_rows_is_torchs() -> None:
+    for seed in range(60):
+        rows = [random_packing(1000 + 3 * seed + row, 4).row.key_intervals for row in range(3)]
+        length = max(row.shape[0] for row in rows) + seed % 2
+        padded = np.zeros((3, length, 4), dtype=np.int32)
+        for place, row in zip(padded, rows, strict=True):
+            place[: row.shape[0]] = row
+            tail = np.arange(row.shape[0], length)
+            place[tail, 2], place[tail, 3] = tail, tail + 1
+        _assert_torchs_own(padded, (16, 16), f"seed {seed}")
+
+
+def test_block_mask_of_any_two_ranges_is_torchs() -> None:
+    for seed in range(20):
+        _assert_torchs_own(random_intervals(seed, 70 + seed), (16, 16), f"seed {seed}")
+
+
+def test_block_mask_of_one_row_on_the_front_side() -> None:
+    mask = random_packing(3, 4).mask()
+    ours = make_block_mask(mask, 32)
+    theirs = interval_block_mask(mask.host_intervals, mask.key_intervals, (32, 32))
+    for name in LISTS:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 def test_the_flex_mask_function_is_the_dense_mask() -> None:
@@ -161,40 +199,25 @@ def test_the_flex_mask_function_is_the_dense_mask() -> None:
     assert torch.equal(mod, _dense(packing))
 
 
-@pytest.mark.parametrize("query_tile", [1, 5, 64])
-def test_query_tiles_cover_every_query_once_and_every_key_it_sees(query_tile: int) -> None:
-    for seed in range(20):
-        packing = random_packing(seed, (1, 4, 7)[seed % 3])
-        dense = _dense(packing)
-        mask = packing.mask(query_tile)
-        borders = set(packing.row.segment_starts.tolist())
-        place = 0
-        for tile in mask.query_tiles:
-            assert tile.start == place < tile.end <= tile.start + query_tile
-            assert not borders & set(range(tile.start + 1, tile.end)), "crosses a segment"
-            keys = [*range(*tile.first), *range(*tile.second)]
-            assert len(set(keys)) == len(keys), "a key would count twice in the softmax"
-            assert set(dense[tile.start : tile.end].any(0).nonzero().flatten().tolist()) <= set(
-                keys
-            )
-            open_keys = slice(tile.first[0], tile.first[0] + tile.open_keys)
-            assert dense[tile.start : tile.end, open_keys].all()
-            place = tile.end
-        assert place == mask.num_tokens
+def test_a_mask_makes_each_plan_once() -> None:
+    mask = random_packing(3, 4).mask()
+    assert mask.plan(make_block_mask) is mask.plan(make_block_mask)
+    assert mask.plan(make_block_mask, 32) is not mask.plan(make_block_mask, 64)
 
 
-def test_the_plan_makes_its_block_mask_once() -> None:
-    row = random_packing(3, 4).row
-    plan = AttentionPlan.build(row.key_intervals, row.segment_starts, "cpu")
-    assert plan.block_mask is plan.block_mask
+def test_the_number_of_pairs_is_that_of_the_dense_mask(packing: Packing) -> None:
+    assert packing.mask().num_pairs == int(_dense(packing).sum())
 
 
-def test_a_query_that_sees_nothing_is_refused() -> None:
-    intervals = np.array([[0, 1, 0, 0], [0, 0, 0, 0]], dtype=np.int32)
-    with pytest.raises(AssertionError, match="at least one key"):
-        make_attention_mask(intervals, np.zeros(1, dtype=np.int64))
-
-
-def test_an_empty_micro_batch_is_refused() -> None:
-    with pytest.raises(AssertionError, match="at least one token"):
-        make_attention_mask(np.zeros((0, 4), dtype=np.int32), np.zeros(0, dtype=np.int64))
+@pytest.mark.parametrize(
+    ("intervals", "what"),
+    [
+        ([[0, 1, 0, 0], [0, 0, 0, 0]], "at least one key"),
+        ([[0, 2, 1, 2], [0, 1, 0, 0]], "overlap"),
+        ([[0, 2, 2, 1], [0, 1, 0, 0]], "ends before it begins"),
+        (np.zeros((0, 4)), "at least one token"),
+    ],
+)
+def test_impossible_intervals_are_refused(intervals: list[list[int]], what: str) -> None:
+    with pytest.raises(AssertionError, match=what):
+        AttentionMask.build(np.array(intervals, dtype=np.int32))

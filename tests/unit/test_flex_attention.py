@@ -1,13 +1,22 @@
-"""FlexAttention through the interval mask equals the reference; on CPU it only runs forward."""
+"""FlexAttention through the interval mask equals the reference, and compiles once per shape.
+
+torch has no compiled CPU backward, so on CPU the uncompiled form stands in for it: the same mask
+function and BlockMask go through torch's own backward pass.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from sdar_kernels import reference
-from sdar_kernels.attention import AttentionPlan, block_diffusion_attention
+from sdar_kernels.attention import block_diffusion_attention
+from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.flex_attention import flex_block_attention, make_block_mask
+from sdar_kernels.self_check import document_intervals
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import flex_attention
+from unit.flex_on_cpu import flex_trains_on_cpu
 from unit.packings import Packing, random_packing
 
 # Eager is what is meant here; torch advises to compile.
@@ -26,17 +35,26 @@ def test_flex_forward_is_the_reference(heads: tuple[int, int], block_length: int
     packing = random_packing(7 + block_length, block_length)
     q, k, v = _inputs(packing, heads)
     mask = packing.mask()
-    out = flex_block_attention(q, k, v, make_block_mask(mask), compiled=False)
+    out = flex_block_attention(q, k, v, mask)
     assert (out - reference.attention(q, k, v, mask.key_intervals)).abs().max() < 1e-5
+    assert torch.equal(out, block_diffusion_attention(q, k, v, mask, "flex"))
 
 
-def test_the_front_door_reaches_flex() -> None:
-    packing = random_packing(1, 4)
-    q, k, v = _inputs(packing, (4, 2))
-    row = packing.row
-    plan = AttentionPlan.build(row.key_intervals, row.segment_starts, "cpu")
-    out = block_diffusion_attention(q, k, v, plan, "flex")
-    assert (out - reference.attention(q, k, v, plan.mask.key_intervals)).abs().max() < 1e-5
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+def test_flex_gradients_are_the_references(block_length: int) -> None:
+    packing = random_packing(20 + block_length, block_length, max_blocks=9)
+    mask = packing.mask()
+    results = []
+    for attention in (
+        lambda q, k, v: flex_block_attention(q, k, v, mask),
+        lambda q, k, v: reference.attention(q, k, v, mask.key_intervals),
+    ):
+        leaves = [x.double().requires_grad_() for x in _inputs(packing, (4, 2))]
+        with flex_trains_on_cpu():
+            out = attention(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for name, left, right in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert (left - right).abs().max() < 1e-12, name
 
 
 @pytest.mark.parametrize("needs_grad", [0, 1, 2], ids=["query", "key", "value"])
@@ -44,6 +62,22 @@ def test_a_gradient_on_cpu_is_refused(needs_grad: int) -> None:
     packing = random_packing(1, 4)
     inputs = _inputs(packing, (2, 2))
     inputs[needs_grad].requires_grad_()
-    block_mask = make_block_mask(packing.mask())
-    with pytest.raises(ValueError, match="flex cannot train on CPU"):
-        flex_block_attention(*inputs, block_mask, compiled=False)
+    with pytest.raises(ValueError, match="FlexAttention has no CPU backward"):
+        flex_block_attention(*inputs, packing.mask())
+
+
+def test_one_graph_serves_every_mask_of_a_shape_and_computes_with_the_new_one() -> None:
+    """A mask captured at compile time would give the first step's result, or a graph per step."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 256, 16, generator=generator) for _ in range(3))
+    for lengths in ((64, 64), (128,), (40, 60, 28), (4,) * 32):
+        mask = AttentionMask.build(document_intervals(lengths, block=4))
+        with torch.no_grad():
+            out = compiled(q, k, v, block_mask=make_block_mask(mask))
+        exact = reference.attention(*(x[0].transpose(0, 1) for x in (q, k, v)), mask.key_intervals)
+        assert (out[0].transpose(0, 1) - exact).abs().max() < 1e-5, lengths
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

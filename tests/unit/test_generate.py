@@ -28,8 +28,9 @@ from megatron_sdar.generation.text import (
     prompt_ids,
     sampler_config,
 )
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.parallel.mesh import build_mesh
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from distributed.layouts import Layout
 
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages, stage_ranges
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.parallel.mesh import build_mesh
 
 

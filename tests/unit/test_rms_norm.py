@@ -1,16 +1,20 @@
-"""RMSNorm and rotary embedding are those of transformers' Qwen3, bit for bit where fp32."""
+"""RMSNorm and rotary embedding are those of transformers' Qwen3, bit for bit.
+
+The Triton forms are compared with the torch forms in the interpreter.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from sdar_kernels.rms_norm import apply_rotary, rms_norm, rotary_tables
+from sdar_kernels.rms_norm import apply_rotary, qk_norm_rope, rms_norm, rotary_tables
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from unit.interpreted import run_interpreted
 
 EPS = 1e-6
 
@@ -86,3 +90,23 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     scores = (turned_q * turned_k).sum(-1).flatten()
     assert (scores - scores[0]).abs().max() < 1e-4
     assert (scores[0] - (q * k).sum(-1).flatten()[0]).abs() > 1e-2
+
+
+def test_qk_norm_rope_is_its_two_steps() -> None:
+    x = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight = torch.linspace(0.5, 1.5, 16).to(torch.bfloat16)
+    tables = rotary_tables(torch.arange(6), 16, 10_000.0, torch.bfloat16)
+    expected = apply_rotary(rms_norm(x, weight, EPS), *tables)
+    assert torch.equal(qk_norm_rope(x, weight, EPS, *tables), expected)
+
+
+def test_an_unresolved_name_is_refused() -> None:
+    x, weight = torch.ones(2, 1, 4), torch.ones(4)
+    with pytest.raises(AssertionError, match="unresolved fused_kernels 'auto'"):
+        rms_norm(x, weight, EPS, "auto")
+    with pytest.raises(AssertionError, match="unresolved fused_kernels 'auto'"):
+        qk_norm_rope(x, weight, EPS, x, x, "auto")
+
+
+def test_triton_forms_in_the_interpreter() -> None:
+    run_interpreted("interpreted_rms_norm.py")

@@ -45,8 +45,8 @@ def test_the_published_form_of_one_document() -> None:
         *[[0, 8, 0, 0]] * 4,
         *[[0, 0, 8, 12]] * 4,
         *[[0, 4, 12, 16]] * 4,
-        [16, 17, 0, 0],
-        [17, 18, 0, 0],
+        [16, 16, 16, 17],
+        [16, 16, 17, 18],
     ]
 
 
@@ -148,7 +148,8 @@ def plain_intervals(packing: Packing) -> list[list[int]]:
         clean_end += document.num_clean_blocks * length
     for place, token in enumerate(packing.tokens):
         if token.copy == "padding":
-            intervals.append([place, place + 1, 0, 0])
+            end = len(packing.tokens) - packing.row.num_padding
+            intervals.append([end, end, place, place + 1])
             continue
         start = starts[token.document]
         if token.copy == "clean":
@@ -168,7 +169,7 @@ def test_a_row_without_documents_is_padding() -> None:
     assert row.input_ids.tolist() == [PAD_ID] * 6
     assert row.segment_starts.tolist() == [0]
     assert row.num_padding == 6
-    assert row.key_intervals.tolist() == [[i, i + 1, 0, 0] for i in range(6)]
+    assert row.key_intervals.tolist() == [[0, 0, i, i + 1] for i in range(6)]
 
 
 def test_concatenated_rows_keep_their_content_and_move_their_places() -> None:

@@ -17,8 +17,9 @@ from megatron_sdar.config import OptimConfig
 from megatron_sdar.diffusion.noise import NoiseKey, draw_noise
 from megatron_sdar.diffusion.rows import build_row, concatenate_rows, full_copies
 from megatron_sdar.generation.sampler import GenerationResult, SamplerConfig, generate
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh

@@ -19,8 +19,9 @@ from unit.packings import pack, random_document, rule_mask
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.diffusion.rows import Row, RowDocument, View, build_row
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.batch import to_device

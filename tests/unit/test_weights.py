@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.model import weights
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.parallel.mesh import build_mesh
 

@@ -19,8 +19,9 @@ from megatron_sdar.config import (
     SdarConfig,
     TrainingConfig,
 )
+from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.sdar import ModelOptions, SdarStage
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh

@@ -1,0 +1,235 @@
+"""Weighted cross-entropy of a linear head, in chunks of tokens, over one shard of the vocabulary.
+
+The logits of a chunk exist only while the chunk is computed, in one buffer that all chunks share,
+in the dtype of the hidden states; statistics are fp32 (fp64 for fp64). The loss is a scalar, so
+the gradients of hidden states and head are formed in the same pass: three matmuls per chunk, not
+four. What ranks exchange is injected by the caller; nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOGIT_BYTES = 128 * 2**20
+_TILE_ELEMENTS = {"cpu": 2**18}
+_LARGE_TILE_ELEMENTS = 2**25
+_HEAD_ROWS = 16384
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """How statistics are combined over the ranks that share the vocabulary.
+
+    Each function takes a tensor of any shape and returns its elementwise maximum or sum over the
+    ranks, in place or not. The default is one rank that holds the whole vocabulary.
+    """
+
+    maximum: Callable[[Tensor], Tensor] = _same
+    total: Callable[[Tensor], Tensor] = _same
+
+
+ALONE = Reductions()
+
+
+def linear_cross_entropy(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    loss_weights_M: Tensor,
+    *,
+    first_token: int = 0,
+    num_valid: int | None = None,
+    reductions: Reductions = ALONE,
+    chunk_tokens: int | None = None,
+    impl: str = "torch",
+) -> Tensor:
+    """sum_i w_i * CE_i over M tokens, a scalar in fp32 (fp64 for fp64).
+
+    Backward scales the gradients that forward formed, in place: it runs once. Hidden states get
+    the gradient of this shard's part of the vocabulary only.
+
+    Args:
+        hidden_MD: [M, D], the same on every rank that shares the vocabulary.
+        weight_VD: head rows of this shard [V, D]; V is the same on every rank.
+        targets_M: token ids of the whole vocabulary [M].
+        loss_weights_M: [M]; no gradient.
+        first_token: token id of the shard's first row.
+        num_valid: leading rows that are real tokens; default: all. The rest is padding, which
+            takes no part in the softmax.
+        reductions: called once per chunk each, in forward: maximum with [m], total with [2, m].
+        chunk_tokens: tokens whose logits exist at once; default: see `default_chunk_tokens`.
+        impl: "torch", or "triton" where sdar_kernels.fused_kernels says that it runs.
+    """
+    assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
+    wants_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
+    shard = _Shard(
+        first_token, weight_VD.shape[0] if num_valid is None else num_valid, reductions, impl
+    )
+    chunk = chunk_tokens or default_chunk_tokens(weight_VD, hidden_MD.dtype)
+    return _LinearCrossEntropy.apply(
+        hidden_MD, weight_VD, targets_M, loss_weights_M, shard, chunk, wants_grad
+    )
+
+
+def default_chunk_tokens(weight_VD: Tensor, dtype: torch.dtype) -> int:
+    """Tokens per chunk, a multiple of 64: their logits take 128 MiB at most, or a quarter of the
+    head's fp32 gradient where that is more.
+
+    The gradient exists in any case, and every chunk reads and writes all of it once.
+    """
+    budget = max(_LOGIT_BYTES, weight_VD.numel())
+    return max(1, budget // (weight_VD.shape[0] * dtype.itemsize * 64)) * 64
+
+
+@dataclass(frozen=True)
+class _Shard:
+    first_token: int
+    num_valid: int
+    reductions: Reductions
+    impl: str
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor,
+        shard: _Shard,
+        chunk_tokens: int,
+        wants_grad: bool,
+    ) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        used = weight[: shard.num_valid]
+        buffer = hidden.new_empty(min(chunk_tokens, hidden.shape[0]), shard.num_valid)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_grad else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            weights, local_targets = loss_weights[rows].to(wide), targets[rows] - shard.first_token
+            logits = torch.mm(hidden[rows], used.T, out=buffer[: weights.shape[0]])
+            peak, normalizer, target = _combine(
+                *_statistics(logits, local_targets, shard, wide), shard.reductions
+            )
+            loss += ((normalizer.log() + (peak - target)) * weights).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            _write_gradient(logits, local_targets, peak, weights / normalizer, weights, shard)
+            torch.mm(logits, used, out=grad_hidden[rows])
+            _add_product(grad_weight[: shard.num_valid], logits, hidden[rows])
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        # In place: a second gradient of the head would double the peak memory. Autograd refuses
+        # a second backward, because saved tensors changed.
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None, None
+
+
+def _statistics(
+    logits: Tensor, targets: Tensor, shard: _Shard, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's maximum, sum of exp(logit - maximum), target logit or 0; [m] each."""
+    if shard.num_valid == 0:
+        nothing = logits.new_zeros(logits.shape[0], dtype=wide)
+        return torch.full_like(nothing, torch.finfo(wide).min), nothing, nothing
+    if shard.impl == "triton":
+        from sdar_kernels.triton_cross_entropy import row_statistics
+
+        return row_statistics(logits, targets, wide)
+    return row_statistics_torch(logits, targets, wide)
+
+
+def _write_gradient(
+    logits: Tensor, targets: Tensor, peak: Tensor, scale: Tensor, weights: Tensor, shard: _Shard
+) -> None:
+    if shard.impl == "triton" and shard.num_valid:
+        from sdar_kernels.triton_cross_entropy import write_gradient
+
+        write_gradient(logits, targets, peak, scale, weights)
+    elif shard.num_valid:
+        write_gradient_torch(logits, targets, peak, scale, weights)
+
+
+def _combine(
+    peak: Tensor, normalizer: Tensor, target: Tensor, reductions: Reductions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of the whole vocabulary from each shard's."""
+    if reductions is ALONE:
+        return peak, normalizer, target
+    overall = reductions.maximum(peak.clone())
+    normalizer, target = reductions.total(
+        torch.stack((normalizer * (peak - overall).exp(), target))
+    )
+    return overall, normalizer, target
+
+
+def row_statistics_torch(
+    logits_MV: Tensor, targets_M: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exp(logit - maximum) and target logit of each row, in `wide`.
+
+    Targets outside [0, V) have target logit 0.
+    """
+    peak = logits_MV.amax(dim=-1).to(wide)
+    normalizer = torch.empty_like(peak)
+    for rows in _tiles(logits_MV):
+        shifted = logits_MV[rows].to(wide) - peak[rows].unsqueeze(-1)
+        torch.sum(shifted.exp_(), dim=-1, out=normalizer[rows])
+    inside, columns = _target_columns(targets_M, logits_MV.shape[1])
+    target = logits_MV.gather(1, columns.unsqueeze(-1)).squeeze(-1).to(wide)
+    return peak, normalizer, torch.where(inside, target, 0.0)
+
+
+def write_gradient_torch(
+    logits_MV: Tensor, targets_M: Tensor, peak_M: Tensor, scale_M: Tensor, weights_M: Tensor
+) -> None:
+    """Replace logits by exp(logit - peak) * scale - weight * onehot(target), in place."""
+    inside, columns = _target_columns(targets_M, logits_MV.shape[1])
+    hits = torch.where(inside, weights_M, 0.0).unsqueeze(-1)
+    for rows in _tiles(logits_MV):
+        tile = logits_MV[rows]
+        values = tile.to(peak_M.dtype)
+        values.sub_(peak_M[rows].unsqueeze(-1)).exp_().mul_(scale_M[rows].unsqueeze(-1))
+        values.scatter_add_(1, columns[rows].unsqueeze(-1), -hits[rows])
+        if values is not tile:
+            tile.copy_(values)
+
+
+def _target_columns(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in [0, num_columns), and each target moved into that range."""
+    return (targets >= 0) & (targets < num_columns), targets.clamp(0, num_columns - 1)
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    """Rows to be processed together: on a CPU as many as stay in its cache between passes."""
+    elements = _TILE_ELEMENTS.get(logits.device.type, _LARGE_TILE_ELEMENTS)
+    step = max(1, elements // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+
+
+def _add_product(total_VD: Tensor, grad_logits_MV: Tensor, hidden_MD: Tensor) -> None:
+    """total += grad_logits^T @ hidden, the sum in the dtype of total."""
+    if total_VD.dtype == hidden_MD.dtype:
+        total_VD.addmm_(grad_logits_MV.T, hidden_MD)
+        return
+    for start in range(0, total_VD.shape[0], _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        total_VD[rows] += grad_logits_MV[:, rows].T @ hidden_MD

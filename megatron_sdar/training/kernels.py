@@ -1,0 +1,113 @@
+"""Which kernels a run computes with: chosen once, checked on every rank, the same on all.
+
+Ranks may sit on different GPUs or torch builds. A rank whose check fails, or that would choose
+differently, stops all of them with one message; a mixed run would still train, but no layout
+could be compared with another any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sdar_kernels.attention_backend import choose_backend
+from sdar_kernels.fused_kernels import choose_fused_kernels
+from sdar_kernels.self_check import HeadLayout
+from sdar_kernels.triton_configs import AttentionConfig
+from sdar_kernels.triton_search import SearchResult, search_config
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.config import SdarConfig
+from megatron_sdar.parallel.launch import gather_from_all
+from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.training.precision import precision
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What every rank computes with, and one line for the log.
+
+    Attributes:
+        attention: resolved attention backend.
+        fused_kernels: "torch" or "triton".
+        attention_config: tile sizes found by attention_autotune; None: those chosen beforehand.
+        description: names and reasons.
+    """
+
+    attention: str
+    fused_kernels: str
+    attention_config: AttentionConfig | None
+    description: str
+
+
+def choose_kernels(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> KernelChoice:
+    """Resolve attention_backend and fused_kernels on this device.
+
+    Raises:
+        ValueError: on every rank, when a configured kernel cannot be used on one of them, or
+            when ranks would use different ones.
+
+    Collective: all_gather_object (world).
+    """
+    choice: KernelChoice | None = None
+    error = ""
+    try:
+        choice = _choose_here(config, arch, mesh)
+    except ValueError as caught:
+        error = str(caught)
+    names = (choice.attention, choice.fused_kernels) if choice else ()
+    answers = gather_from_all((names, error), mesh)
+    errors = list(dict.fromkeys(text for _, text in answers if text))
+    if errors:
+        raise ValueError(errors[0])
+    assert choice is not None, "no error, so a choice"
+    for rank, (theirs, _) in enumerate(answers):
+        if theirs != answers[0][0]:
+            raise ValueError(
+                f"rank 0 would use the kernels {answers[0][0]}, rank {rank} {theirs}; set "
+                "attention_backend and fused_kernels to what all of them can use"
+            )
+    return choice
+
+
+def _choose_here(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> KernelChoice:
+    dtype = precision(config).compute
+    heads = HeadLayout(
+        arch.num_attention_heads // mesh.tp_size,
+        max(1, arch.num_key_value_heads // mesh.tp_size),
+        arch.head_dim,
+    )
+    model = config.model
+    attention = choose_backend(model.attention_backend, mesh.device, dtype, heads)
+    fused, reason = choose_fused_kernels(
+        model.fused_kernels,
+        mesh.device,
+        dtype,
+        arch.hidden_size,
+        arch.head_dim,
+        arch.intermediate_size // mesh.tp_size,
+        arch.vocab_size,
+    )
+    description = (
+        f"kernels: attention {attention.name} for {heads} ({attention.reason}); "
+        f"norms, SwiGLU and loss {fused} ({reason})"
+    )
+    found = None
+    if model.attention_autotune and attention.name == "triton":
+        found = _search(heads, dtype, mesh, config.data.cutoff_len)
+        description += (
+            f"; attention_autotune: {found.default_milliseconds:.2f} -> {found.milliseconds:.2f} "
+            f"ms per layer with {found.config} ({found.num_timed} timed, {found.num_failed} "
+            "do not run here)"
+        )
+    elif model.attention_autotune:
+        description += f"; attention_autotune has nothing to tune in {attention.name}"
+    return KernelChoice(attention.name, fused, found.config if found else None, description)
+
+
+def _search(
+    heads: HeadLayout, dtype: torch.dtype, mesh: ParallelMesh, cutoff_len: int
+) -> SearchResult:
+    from triton.testing import do_bench
+
+    return search_config(mesh.device, dtype, heads, cutoff_len, do_bench)

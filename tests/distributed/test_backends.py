@@ -1,0 +1,100 @@
+"""The equality suite with each attention backend, and with all fused kernels.
+
+On CPU, Triton's kernels run in its interpreter and FlexAttention uncompiled; both in fp64, so the
+oracle's tolerances hold unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from distributed.layouts import (
+    FLEX,
+    TRITON,
+    TRITON_SLOW,
+    Layout,
+    mismatches,
+    read_result,
+    reference,
+    run_layout,
+)
+from distributed.mutants import KERNEL_MUTANTS, run_mutant
+from distributed.world import run_world
+from unit.flex_on_cpu import flex_trains_on_cpu
+
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def _run(layout: Layout, directory: Path) -> None:
+    with flex_trains_on_cpu() if layout.backend == "flex" else nullcontext():
+        run_layout(layout, directory)
+
+
+def _run_all(layouts: list[Layout], directory: Path, environment: dict[str, str]) -> Path:
+    for world in sorted({layout.world for layout in layouts}):
+        jobs = [(_run, (layout, directory)) for layout in layouts if layout.world == world]
+        run_world(world, jobs, directory, environment)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def flex(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(FLEX, tmp_path_factory.mktemp("flex"), {})
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(TRITON, tmp_path_factory.mktemp("triton"), INTERPRETER)
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", FLEX, ids=lambda layout: layout.name)
+def test_flex_equals_oracle(layout: Layout, flex: Path) -> None:
+    result = read_result(layout, flex)
+    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+
+
+@needs_triton
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", TRITON, ids=lambda layout: layout.name)
+def test_triton_equals_oracle(layout: Layout, triton: Path) -> None:
+    result = read_result(layout, triton)
+    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+
+
+@pytest.fixture(scope="module")
+def triton_slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(TRITON_SLOW, tmp_path_factory.mktemp("triton_slow"), INTERPRETER)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", TRITON_SLOW, ids=lambda layout: layout.name)
+def test_triton_equals_oracle_in_more_layouts(layout: Layout, triton_slow: Path) -> None:
+    result = read_result(layout, triton_slow)
+    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kernel_mutants")
+    jobs = [(run_mutant, (name, directory)) for name in KERNEL_MUTANTS]
+    run_world(1, jobs, directory, INTERPRETER)
+    return directory
+
+
+@needs_triton
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_kernel_mutant_is_caught(name: str, mutants: Path) -> None:
+    layout = KERNEL_MUTANTS[name][1]
+    found = mismatches(read_result(layout, mutants), reference(layout.arch, layout.silent_half))
+    assert found, f"the suite did not notice {name}"

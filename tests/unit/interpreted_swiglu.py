@@ -1,0 +1,64 @@
+"""The Triton form of swiglu equals the torch form, gradients included.
+
+Run in the interpreter by test_swiglu.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sdar_kernels.swiglu import swiglu
+from torch import Tensor
+
+# bf16: the interpreter truncates where a GPU rounds.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def _run(gate: Tensor, up: Tensor, upstream: Tensor, impl: str) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (gate, up)]
+    out = swiglu(*leaves, impl)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _compare(gate: Tensor, up: Tensor, upstream: Tensor) -> None:
+    ours, theirs = (_run(gate, up, upstream, impl) for impl in ("triton", "torch"))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        tolerance = TOLERANCE[gate.dtype]
+        assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def _normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (values * 2).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 48), (5, 80), (67, 123), (4, 1024), (0, 48)])
+def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    _compare(*(_normal(*shape, dtype=dtype, seed=seed) for seed in range(3)))
+
+
+def test_silu_is_rounded_where_the_torch_form_stores_it() -> None:
+    """fp16, which the interpreter rounds."""
+    gate, up = (_normal(67, 123, dtype=torch.float16, seed=seed) for seed in range(2))
+    differ = swiglu(gate, up, "triton") != swiglu(gate, up)
+    assert differ.float().mean() < 1e-2
+
+
+def test_parts_of_one_projection_and_an_expanded_gradient() -> None:
+    gate, up = _normal(67, 160, dtype=torch.float64, seed=0).chunk(2, dim=-1)
+    _compare(gate, up, _normal(67, 1, dtype=torch.float64, seed=1).expand(67, 80))
+
+
+def test_large_gates_stay_finite() -> None:
+    gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4])
+    _compare(gate, torch.ones(7), torch.ones(7))
+
+
+def test_gate_and_up_must_agree() -> None:
+    with pytest.raises(AssertionError, match="same width"):
+        swiglu(torch.ones(3), torch.ones(4), "triton")
+    with pytest.raises(AssertionError, match="one dtype"):
+        swiglu(torch.ones(3), torch.ones(3, dtype=torch.float64), "triton")
