@@ -7,11 +7,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from megatron_sdar.benchmark.attention import AttentionOptions, measure_attention, show_attention
 from megatron_sdar.benchmark.data import measure_data, show_figures
+from megatron_sdar.benchmark.linear_cross_entropy import (
+    LinearCrossEntropySize,
+    measure_linear_cross_entropy,
+    show_linear_cross_entropy,
+)
 from megatron_sdar.data.demo import make_demo_data
 
 _EXAMPLE = """\
@@ -19,7 +26,12 @@ examples:
   python tools/benchmark.py data                      # generated arithmetic problems
   python tools/benchmark.py data --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \\
       --json figures.json
+  python tools/benchmark.py attention --plot attention.png
+  python tools/benchmark.py attention --dtype bfloat16 --length 8192 --heads 32 8 128
+  python tools/benchmark.py loss --vocab 151936
 """
+
+Say = Callable[[str], None]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,39 +39,67 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser(
+    for add in (_add_data, _add_attention, _add_loss):
+        command = add(commands)
+        command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    return parser
+
+
+def _add_data(commands: Any) -> argparse.ArgumentParser:
+    data: argparse.ArgumentParser = commands.add_parser(
         "data", help="tokenising, memory, packing, row assembly, waiting for rows"
     )
+    data.set_defaults(run=_data)
     data.add_argument("--input", type=Path, metavar="JSONL", help="default: generated problems")
     data.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
     data.add_argument("--rounds", type=int, default=2, help="of each ratio (default %(default)s)")
     data.add_argument(
         "--repeat", type=int, default=20, help="size of the large input (default %(default)sx)"
     )
-    data.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    return parser
+    return data
+
+
+def _add_loss(commands: Any) -> argparse.ArgumentParser:
+    loss: argparse.ArgumentParser = commands.add_parser(
+        "loss", help="chunked linear cross-entropy against the plain form: time and peak memory"
+    )
+    loss.set_defaults(run=_loss)
+    loss.add_argument("--tokens", type=int, default=2048, help="masked (default %(default)s)")
+    loss.add_argument("--hidden", type=int, default=512, help="size (default %(default)s)")
+    loss.add_argument("--vocab", type=int, default=151_936, help="size (default %(default)s)")
+    loss.add_argument("--rounds", type=int, default=2, help="(default %(default)s)")
+    return loss
+
+
+def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
+        if args.input is None:
+            make_demo_data(Path(folder))
+            args.input, args.tokenizer = Path(folder, "train.jsonl"), Path(folder, "model")
+        elif args.tokenizer is None:
+            raise ValueError("--input needs --tokenizer: a model directory")
+        figures = measure_data(
+            args.input, args.tokenizer, rounds=args.rounds, repeat=args.repeat, say=say
+        )
+    show_figures(figures)
+    return asdict(figures)
+
+
+def _loss(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    say(f"loss: {args.rounds} rounds, each form in turn")
+    size = LinearCrossEntropySize(args.tokens, args.hidden, args.vocab)
+    figures = measure_linear_cross_entropy(size, rounds=args.rounds)
+    show_linear_cross_entropy(figures)
+    return asdict(figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
-            if args.input is None:
-                make_demo_data(Path(folder))
-                args.input, args.tokenizer = Path(folder, "train.jsonl"), Path(folder, "model")
-            elif args.tokenizer is None:
-                raise ValueError("--input needs --tokenizer: a model directory")
-            figures = measure_data(
-                args.input,
-                args.tokenizer,
-                rounds=args.rounds,
-                repeat=args.repeat,
-                say=lambda line: print(line, file=sys.stderr, flush=True),
-            )
-        show_figures(figures)
+        figures = args.run(args, lambda line: print(line, file=sys.stderr, flush=True))
         if args.json is not None:
-            args.json.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

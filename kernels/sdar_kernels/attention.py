@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sdar_kernels.attention_backend import HeadLayout, choose_backend, run_backend
+from sdar_kernels.attention_backend import choose_backend, run_backend
 from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_configs import AttentionConfig
 
 

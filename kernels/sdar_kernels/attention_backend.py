@@ -16,7 +16,8 @@ from torch import Tensor
 from sdar_kernels import reference
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.flex_attention import FLEX_CPU_ERROR, flex_block_attention
-from sdar_kernels.self_check import HeadLayout, attention_problem
+from sdar_kernels.head_layout import HeadLayout
+from sdar_kernels.self_check import attention_problem
 from sdar_kernels.tiled_attention import tiled_attention
 from sdar_kernels.triton_configs import AttentionConfig, why_no_config
 from sdar_kernels.triton_runtime import interpreting, why_no_triton
@@ -122,5 +123,5 @@ def _incapable(
     if name == "flex" and device.type == "cpu" and training:
         return FLEX_CPU_ERROR
     if name == "triton":
-        return why_no_triton(device) or why_no_config(device, heads.head_dim, dtype)
+        return why_no_triton(device) or why_no_config(device, heads, dtype)
     return None

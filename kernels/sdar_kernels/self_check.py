@@ -8,7 +8,6 @@ first, so a backend that keeps the mask it was compiled with is caught too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sdar_kernels import reference
 from sdar_kernels.block_mask import AttentionMask, IntArray
+from sdar_kernels.head_layout import HeadLayout
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
@@ -31,18 +31,6 @@ _TOLERANCE = {
 _TF32_TOLERANCE = 1e-2
 # Tokens whose gradient is small beside the others' are held to this share of the largest.
 _FLOOR = 0.1
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """Heads of one rank: query heads, key/value heads, size of a head."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        return f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
 
 
 def attention_problem(

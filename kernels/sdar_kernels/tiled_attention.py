@@ -1,107 +1,287 @@
-"""Tiled attention for CPU: only key ranges that some query of a tile may see are computed.
+"""Tiled attention for CPU: only keys that some query of a tile may see are computed.
 
-Saves only q, k and v (O(T)), recomputes the probabilities in backward, and
-folds the query heads of one key head into matmul rows. Softmax runs in fp32 or wider.
+Every query's two ranges are attended to apart and joined by their log-sum-exp, so a noisy query
+pays for its own block exactly. Query heads of one key head are folded into matmul rows. Saves
+O(T) tensors and recomputes the probabilities in backward; gradients of keys and values, which
+many queries add to, are summed in fp32 or wider.
+
+Shape legend: T tokens, N query heads, K key heads, G = N // K, H head_dim.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sdar_kernels.block_mask import AttentionMask, QueryTile
+from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.tile_groups import KeySet, QueryTile, TilePlan, TileSizes, make_tile_plan
+
+# torch.softmax takes as long for a row of 4 as for one of 100.
+_NARROW = 16
+# Up to this many keys a product with transposed probabilities is as fast as any; beyond, MKL
+# takes 1.4 times as long, unless the transpose of the product is computed.
+_FEW_KEYS = 256
 
 
-def tiled_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, mask: AttentionMask) -> Tensor:
+def tiled_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    mask: AttentionMask,
+    sizes: TileSizes | None = None,
+) -> Tensor:
     """Attention under `mask`; same contract as `reference.attention`."""
-    return _TiledAttention.apply(q_TNH, k_TKH, v_TKH, mask)
+    sizes = sizes or TileSizes()
+    plan = mask.plan(make_tile_plan, k_TKH.shape[1], sizes)
+    out: Tensor = _TiledAttention.apply(q_TNH, k_TKH, v_TKH, plan, sizes)
+    return out
 
 
-def _tile_keys(x_TKH: Tensor, tile: QueryTile) -> Tensor:
-    """Rows of both hulls as [K, keys, H]."""
-    first = x_TKH[tile.first[0] : tile.first[1]]
-    if tile.second[1] > tile.second[0]:
-        first = torch.cat((first, x_TKH[tile.second[0] : tile.second[1]]))
-    return first.transpose(0, 1)
+class _Piece(NamedTuple):
+    """Part of a tile that is computed at a time: [start, end) of its batch, and of its queries."""
+
+    start: int
+    end: int
+    first_query: int
+    last_query: int
+
+    @property
+    def num_queries(self) -> int:
+        return self.last_query - self.first_query
+
+    @property
+    def batch(self) -> int:
+        return self.end - self.start
+
+    def take(self, values: Tensor, tile: QueryTile) -> Tensor:
+        """The piece's part of `tile.rows` or `tile.seen`."""
+        start = self.start * tile.num_tokens + self.first_query
+        return values[start : (self.end - 1) * tile.num_tokens + self.last_query]
 
 
-def _hidden_columns(mask: AttentionMask, tile: QueryTile, device: torch.device) -> Tensor:
-    """bool [queries, keys - open_keys]: True where the query may not see the key."""
-    key_ids = torch.cat(
-        (
-            torch.arange(tile.first[0] + tile.open_keys, tile.first[1], device=device),
-            torch.arange(tile.second[0], tile.second[1], device=device),
-        )
-    )
-    lo1, hi1, lo2, hi2 = mask.key_intervals[tile.start : tile.end].unsqueeze(-1).unbind(1)
-    return ~(((key_ids >= lo1) & (key_ids < hi1)) | ((key_ids >= lo2) & (key_ids < hi2)))
+def _pieces(key_set: KeySet, tile: QueryTile, groups: int, sizes: TileSizes) -> Iterator[_Piece]:
+    """Pieces of bounded size; one that leaves out queries belongs to one batch entry."""
+    num_scores = tile.num_tokens * groups * tile.width
+    if num_scores > sizes.row_scores:
+        # Fewer than 128 rows would cost more in packing the keys than they save in cache.
+        step = max(-(-128 // groups), sizes.row_scores // (tile.width * groups))
+        for entry in range(key_set.batch):
+            for query in range(0, tile.num_tokens, step):
+                yield _Piece(entry, entry + 1, query, min(query + step, tile.num_tokens))
+    else:
+        step = max(1, sizes.batch_scores // num_scores)
+        for entry in range(0, key_set.batch, step):
+            yield _Piece(entry, min(entry + step, key_set.batch), 0, tile.num_tokens)
 
 
-def _fold(x_TNH: Tensor, tile: QueryTile, num_kv_heads: int) -> Tensor:
-    """[queries, N, H] -> [K, queries * N/K, H], query-major inside a key head."""
-    queries = tile.end - tile.start
-    x = x_TNH[tile.start : tile.end].view(queries, num_kv_heads, -1, x_TNH.shape[-1])
-    return x.transpose(0, 1).reshape(num_kv_heads, -1, x_TNH.shape[-1])
+class _Workspace:
+    """Buffers that are used again by every piece of one call: fresh memory costs page faults."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+        self._tables: dict[int, Tensor] = {}
+
+    def get(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised; whatever was got under this name before is lost."""
+        size = prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+    def gather(self, name: str, source: Tensor, rows: Tensor) -> Tensor:
+        """source[rows], [rows, columns]."""
+        out = self.get(name, rows.shape[0], source.shape[1], dtype=source.dtype)
+        return torch.index_select(source, 0, rows, out=out)
+
+    def hiding(self, size: int) -> Tensor:
+        """[size + 1, size]: row i is 0 for i columns, then -inf."""
+        if size not in self._tables:
+            columns = torch.arange(size, device=self._like.device)
+            seen = torch.arange(size + 1, device=self._like.device)[:, None]
+            table = self._like.new_zeros(size + 1, size)
+            self._tables[size] = table.masked_fill_(columns >= seen, float("-inf"))
+        return self._tables[size]
 
 
-def _unfold(x: Tensor, tile: QueryTile) -> Tensor:
-    """Inverse of `_fold`."""
-    queries = tile.end - tile.start
-    num_kv_heads, rows, head_dim = x.shape
-    x = x.view(num_kv_heads, queries, rows // queries, head_dim)
-    return x.transpose(0, 1).reshape(queries, -1, head_dim)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: AttentionMask, tile: QueryTile) -> Tensor:
-    """softmax(q k^T / sqrt(H)) of one tile, [K, rows, keys], in fp32 or wider."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores.mul_(q.shape[-1] ** -0.5)
-    if tile.open_keys < k.shape[1]:
-        hidden = _hidden_columns(mask, tile, q.device)
-        grouped = scores.view(scores.shape[0], hidden.shape[0], -1, scores.shape[-1])
-        grouped[..., tile.open_keys :].masked_fill_(hidden.unsqueeze(1), float("-inf"))
-    return torch.softmax(scores, dim=-1)
+def _scores(
+    space: _Workspace, q: Tensor, keys: Tensor, tile: QueryTile, piece: _Piece, groups: int
+) -> Tensor:
+    """q k^T / sqrt(H), hidden keys at -inf: [batch, queries * G, width]."""
+    scores = space.get("scores", piece.batch, piece.num_queries * groups, tile.width)
+    scores.baddbmm_(q, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    if tile.seen is not None:
+        table = space.hiding(tile.masked)
+        hidden = space.gather("hidden", table, piece.take(tile.seen, tile))
+        last = scores[..., tile.width - tile.masked :]
+        last = last.view(piece.batch, piece.num_queries, groups, tile.masked)
+        last.add_(hidden.view(piece.batch, piece.num_queries, 1, tile.masked))
+    return scores
+
+
+def _softmax_(scores: Tensor) -> Tensor:
+    """In place, over the last dim; returns its largest values and those of the scores."""
+    if scores.shape[-1] > _NARROW:
+        return torch.softmax(scores, -1, out=scores)
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True))
+
+
+def _softmax_and_lse_(scores: Tensor) -> Tensor:
+    """Softmax in place over the last dim; returns log-sum-exp, [batch, rows], in fp32 or wider."""
+    wide = _wide(scores.dtype)
+    top = scores.amax(-1).to(wide)
+    # The largest probability is exp(top - lse), and not small.
+    return top - _softmax_(scores).amax(-1).to(wide).log_()
+
+
+def _accumulate_(
+    space: _Workspace, total: Tensor, left: Tensor, right: Tensor, scale: float, fresh: bool
+) -> None:
+    """total = scale * left @ right, or += unless fresh."""
+    # torch loops over the batch unless the result is contiguous.
+    direct = total.is_contiguous() or total.shape[0] == 1
+    if direct and total.dtype == left.dtype:
+        total.baddbmm_(left, right, beta=0 if fresh else 1, alpha=scale)
+        return
+    part = torch.bmm(left, right, out=space.get("product", *total.shape))
+    if fresh:
+        torch.mul(part, scale, out=total)
+    else:
+        total.add_(part, alpha=scale)
+
+
+class _KeyGradient:
+    """Gradient of the keys or the values of one key set, summed over its tiles."""
+
+    def __init__(self, space: _Workspace, name: str, key_set: KeySet, like: Tensor) -> None:
+        self._space = space
+        self._few = key_set.extent <= _FEW_KEYS
+        shape = (key_set.extent, like.shape[1]) if self._few else (like.shape[1], key_set.extent)
+        self._sum = space.get(name, key_set.batch, *shape, dtype=like.dtype)
+
+    def add(
+        self, weights: Tensor, rows: Tensor, piece: _Piece, *, scale: float, fresh: bool
+    ) -> None:
+        """+= scale * weights^T rows; weights [batch, queries * G, width], rows [..., H]."""
+        part, width = self._sum[piece.start : piece.end], weights.shape[-1]
+        if self._few:
+            factors = (weights.transpose(1, 2), rows)
+            _accumulate_(self._space, part[:, :width], *factors, scale, fresh)
+        else:
+            factors = (rows.transpose(1, 2), weights)
+            _accumulate_(self._space, part[..., :width], *factors, scale, fresh)
+
+    def add_to(self, total: Tensor, rows: Tensor) -> None:
+        """total[rows] += the gradient."""
+        keys_first = self._sum if self._few else self._sum.transpose(1, 2)
+        total.index_add_(0, rows, keys_first.reshape(-1, total.shape[1]))
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        out = torch.empty_like(q)
-        for tile in mask.query_tiles:
-            probabilities = _probabilities(
-                _fold(q, tile, k.shape[1]), _tile_keys(k, tile), mask, tile
-            )
-            values = torch.bmm(probabilities.to(v.dtype), _tile_keys(v, tile))
-            out[tile.start : tile.end] = _unfold(values, tile)
-        ctx.save_for_backward(q, k, v)
-        ctx.mask = mask
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, sizes: TileSizes
+    ) -> Tensor:
+        num_kv_heads, head_dim = k.shape[1:]
+        groups = q.shape[1] // num_kv_heads
+        space = _Workspace(q)
+        q_rows = q.reshape(-1, groups * head_dim)
+        k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
+        out = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
+        lse = q.new_full((out.shape[0], groups), float("-inf"), dtype=_wide(q.dtype))
+        # Share of a query's first range in its probability; that of the second is the rest.
+        share = torch.ones_like(lse)
+        for key_set in plan.key_sets:
+            shape = (key_set.batch, key_set.extent, head_dim)
+            keys = space.gather("keys", k_rows, key_set.rows).view(shape)
+            values = space.gather("values", v_rows, key_set.rows).view(shape)
+            for tile in key_set.tiles:
+                for piece in _pieces(key_set, tile, groups, sizes):
+                    rows, entries = piece.take(tile.rows, tile), slice(piece.start, piece.end)
+                    queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
+                    visible = keys[entries, : tile.width]
+                    probabilities = _scores(space, queries, visible, tile, piece, groups)
+                    part_lse = _softmax_and_lse_(probabilities).view(-1, groups)
+                    part = space.get("out", *queries.shape)
+                    torch.bmm(probabilities, values[entries, : tile.width], out=part)
+                    if key_set.second:
+                        part_share = torch.sigmoid(lse.index_select(0, rows) - part_lse)
+                        share.index_copy_(0, rows, part_share)
+                        first = space.gather("q", out, rows).view(-1, groups, head_dim)
+                        weight = part_share.to(q.dtype).unsqueeze(-1)
+                        part = part.view(first.shape).lerp_(first, weight)
+                    else:
+                        lse.index_copy_(0, rows, part_lse)
+                    out.index_copy_(0, rows, part.view(rows.shape[0], -1))
+        out = out.view(q.shape)
+        ctx.save_for_backward(q, k, v, out, share)
+        ctx.plan, ctx.sizes = plan, sizes
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
-        mask: AttentionMask = ctx.mask
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        scale = q.shape[-1] ** -0.5
-        for tile in mask.query_tiles:
-            folded, keys = _fold(q, tile, k.shape[1]), _tile_keys(k, tile)
-            probabilities = _probabilities(folded, keys, mask, tile)
-            upstream = _fold(grad_out, tile, k.shape[1])
-            part_v = torch.bmm(probabilities.to(v.dtype).transpose(1, 2), upstream)
-            grad_p = torch.bmm(upstream, _tile_keys(v, tile).transpose(1, 2)).to(wide)
-            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, wide)
-            grad_s = grad_s.mul_(scale).to(q.dtype)
-            grad_q[tile.start : tile.end] = _unfold(torch.bmm(grad_s, keys), tile)
-            part_k = torch.bmm(grad_s.transpose(1, 2), folded)
-            split = tile.first[1] - tile.first[0]
-            for total, part in ((grad_k, part_k), (grad_v, part_v)):
-                part = part.transpose(0, 1)
-                total[tile.first[0] : tile.first[1]] += part[:split]
-                if tile.second[1] > tile.second[0]:
-                    total[tile.second[0] : tile.second[1]] += part[split:]
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, share = ctx.saved_tensors
+        num_kv_heads, head_dim = k.shape[1:]
+        groups, scale = q.shape[1] // num_kv_heads, head_dim**-0.5
+        space = _Workspace(q)
+        q_rows, upstream_rows = (x.reshape(-1, groups * head_dim) for x in (q, grad_out))
+        k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
+        delta = _row_products(out, grad_out).view(share.shape)
+        grad_q = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(q.dtype)) for x in (k_rows, v_rows))
+        for key_set in ctx.plan.key_sets:
+            shape = (key_set.batch, key_set.extent, head_dim)
+            keys = space.gather("keys", k_rows, key_set.rows).view(shape)
+            values = space.gather("values", v_rows, key_set.rows).view(shape)
+            sum_k = _KeyGradient(space, "sum_k", key_set, grad_k)
+            sum_v = _KeyGradient(space, "sum_v", key_set, grad_v)
+            for number, tile in enumerate(key_set.tiles):
+                for piece in _pieces(key_set, tile, groups, ctx.sizes):
+                    rows, entries = piece.take(tile.rows, tile), slice(piece.start, piece.end)
+                    # The first tile covers all keys, so it need not find zeros in the sums.
+                    fresh = number == 0 and piece.first_query == 0
+                    queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
+                    visible = keys[entries, : tile.width]
+                    probabilities = _scores(space, queries, visible, tile, piece, groups)
+                    _softmax_(probabilities)
+                    # With s the share of this range, and P its own probabilities, the gradient
+                    # of the scores is P * (s * grad_P - s * delta): s goes into the small factors.
+                    part_share = share.index_select(0, rows)
+                    part_share = 1 - part_share if key_set.second else part_share
+                    upstream = space.gather("upstream", upstream_rows, rows)
+                    upstream.view(-1, groups, head_dim).mul_(part_share.to(q.dtype).unsqueeze(-1))
+                    upstream = upstream.view(queries.shape)
+                    part_delta = (delta.index_select(0, rows) * part_share).to(q.dtype)
+                    sum_v.add(probabilities, upstream, piece, scale=1.0, fresh=fresh)
+                    grad_s = space.get("grad_scores", *probabilities.shape)
+                    torch.bmm(upstream, values[entries, : tile.width].transpose(1, 2), out=grad_s)
+                    grad_s.sub_(part_delta.view(piece.batch, -1, 1)).mul_(probabilities)
+                    sum_k.add(grad_s, queries, piece, scale=scale, fresh=fresh)
+                    part = upstream.baddbmm_(grad_s, visible, beta=0, alpha=scale)
+                    grad_q.index_add_(0, rows, part.view(rows.shape[0], -1))
+            sum_k.add_to(grad_k, key_set.rows)
+            sum_v.add_to(grad_v, key_set.rows)
+        grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))
+        return (*(grad.to(q.dtype) for grad in grads), None, None)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of products over the last dim, [T, N], in fp32 or wider."""
+    out = left.new_empty(left.shape[:-1], dtype=_wide(left.dtype))
+    # In steps that stay in cache: a product of full size would cost more than the sum.
+    for start in range(0, left.shape[0], 256):
+        part = slice(start, start + 256)
+        torch.sum(left[part].to(out.dtype) * right[part], -1, out=out[part])
+    return out

@@ -22,6 +22,7 @@ from sdar_kernels.triton_attention_backward import (
 from sdar_kernels.triton_attention_forward import attention_forward
 from sdar_kernels.triton_configs import (
     HEAD_DIMS,
+    MAX_HEAD_DIM_FP32,
     AttentionConfig,
     KernelConfig,
     attention_config,
@@ -73,6 +74,18 @@ def _on_amd() -> bool:
     return torch.version.hip is not None
 
 
+def _forward_sizes(launch: KernelConfig) -> dict[str, int]:
+    return {"BLOCK_M": launch.rows, "BLOCK_N": launch.keys, "MASKED_N": launch.masked}
+
+
+def _query_sizes(launch: KernelConfig) -> dict[str, int]:
+    return {**_forward_sizes(launch), "HOIST": launch.hoist}
+
+
+def _key_sizes(launch: KernelConfig) -> dict[str, int]:
+    return {"BLOCK_M": launch.rows, "BLOCK_N": launch.keys, "MASKED_M": launch.masked}
+
+
 def _options(config: KernelConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
@@ -94,8 +107,8 @@ class _TritonAttention(torch.autograd.Function):
         attention_forward[(plan.tiles.shape[0], num_kv_heads)](
             q, k, v, out, lse, mask.key_intervals, plan.tiles,
             head_dim**-0.5 * _LOG2_E, num_heads, num_kv_heads,
-            BLOCK_M=launch.rows, BLOCK_N=launch.keys, MASKED_N=launch.masked,
-            **_constexprs(group, head_dim, q.dtype, _on_amd()), **_options(launch),
+            **_constexprs(group, head_dim, q.dtype, _on_amd()),
+            **_forward_sizes(launch), **_options(launch),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.config = mask, config
@@ -122,8 +135,7 @@ class _TritonAttention(torch.autograd.Function):
         attention_backward_queries[(queries.tiles.shape[0], num_kv_heads)](
             q, k, v, out, grad_out, lse, delta, grad_q, mask.key_intervals, queries.tiles,
             *numbers,
-            BLOCK_M=launch.rows, BLOCK_N=launch.keys, MASKED_N=launch.masked,
-            **constexprs, **_options(launch),
+            **_query_sizes(launch), **constexprs, **_options(launch),
         )  # fmt: skip
         launch = config.backward_keys
         keys = mask.plan(make_key_tiles, launch.rows // group, launch.keys, launch.masked // group)
@@ -131,8 +143,7 @@ class _TritonAttention(torch.autograd.Function):
             q, k, v, grad_out, lse, delta, grad_k, grad_v,
             mask.key_intervals, keys.tiles, keys.runs,
             *numbers,
-            BLOCK_M=launch.rows, MASKED_M=launch.masked, BLOCK_N=launch.keys,
-            **constexprs, **_options(launch),
+            **_key_sizes(launch), **constexprs, **_options(launch),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None
 
@@ -141,16 +152,14 @@ def attention_specs(
     arch: str, config: AttentionConfig, head_dim: int, dtype: torch.dtype, group: int
 ) -> list[KernelSpec]:
     """The three kernels of a configuration, described for ahead-of-time compilation."""
-    sizes = {
-        attention_forward: ("BLOCK_M", "BLOCK_N", "MASKED_N"),
-        attention_backward_queries: ("BLOCK_M", "BLOCK_N", "MASKED_N"),
-        attention_backward_keys: ("BLOCK_M", "BLOCK_N", "MASKED_M"),
-    }
-    launches = (config.forward, config.backward_queries, config.backward_keys)
+    launches = (
+        (attention_forward, config.forward, _forward_sizes),
+        (attention_backward_queries, config.backward_queries, _query_sizes),
+        (attention_backward_keys, config.backward_keys, _key_sizes),
+    )
     specs = []
-    for (kernel, names), launch in zip(sizes.items(), launches, strict=True):
-        constexprs = _constexprs(group, head_dim, dtype, arch.startswith("gfx"))
-        constexprs |= dict(zip(names, (launch.rows, launch.keys, launch.masked), strict=True))
+    for kernel, launch, sizes in launches:
+        constexprs = _constexprs(group, head_dim, dtype, arch.startswith("gfx")) | sizes(launch)
         arguments = [name for name in kernel.arg_names if name not in constexprs]
         specs.append(
             KernelSpec(
@@ -181,6 +190,7 @@ def shipped(arch: str) -> list[KernelSpec]:
         spec
         for dtype in (torch.bfloat16, torch.float32)
         for head_dim in HEAD_DIMS
+        if dtype.itemsize == 2 or head_dim <= MAX_HEAD_DIM_FP32
         for group in ((2, 4, 8) if head_dim == 128 else (4,))
         for spec in attention_specs(
             arch, attention_config(arch, head_dim, dtype), head_dim, dtype, group

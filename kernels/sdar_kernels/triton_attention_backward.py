@@ -35,7 +35,7 @@ def attention_backward_queries(
     intervals_ptr, tiles_ptr,
     scale, scale_log2, num_heads, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, HOIST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q [T, N, H] and delta [T, N]; grid (query tiles, key heads)."""
@@ -54,7 +54,7 @@ def attention_backward_queries(
     lse = tl.load(lse_ptr + vector, mask=exists, other=0.0)
     grad_q = tl.zeros([BLOCK_M, PADDED_DIM], dtype=ACC)
 
-    for begin in range(first_lo, open_end, BLOCK_N):
+    for begin in tl.range(first_lo, open_end, BLOCK_N, disable_licm=not HOIST):
         place = (begin + tl.arange(0, BLOCK_N)).to(tl.int64) * num_kv_heads + kv_head
         k = load_all_vectors(k_ptr, place, HEAD_DIM, PADDED_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
@@ -65,7 +65,7 @@ def attention_backward_queries(
     lo1, hi1, lo2, hi2 = load_ranges(intervals_ptr, query, exists)
     num_first = tl.cdiv(first_hi - open_end, MASKED_N)
     num_steps = num_first + tl.cdiv(second_hi - second_lo, MASKED_N)
-    for step in range(num_steps):
+    for step in tl.range(num_steps, disable_licm=not HOIST):
         key, key_exists, low, high = masked_step(
             step, num_first, open_end, first_hi, second_lo, second_hi, lo1, hi1, lo2, hi2, MASKED_N
         )

@@ -6,14 +6,18 @@ Every entry compiles without register spills and within the architecture's share
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_runtime import device_architecture, interpreting
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_HEAD_DIM_FP32 = 128
+# Rows of the smallest step: one query's heads must fit.
+MAX_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class KernelConfig:
         keys: keys of a step or tile, a power of two.
         masked: size of a step with the mask: keys in the query kernels, rows in the key kernel.
         num_warps, num_stages: Triton's launch options.
+        hoist: let the compiler keep what a loop does not change in registers; where that spills,
+            it is computed in every step instead. Only the query gradient's kernel reads it.
     """
 
     rows: int
@@ -32,6 +38,7 @@ class KernelConfig:
     masked: int
     num_warps: int
     num_stages: int
+    hoist: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,39 +55,75 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+_Launch = tuple[int, int, int, int, int]
+
+
+def _config(forward: _Launch, queries: _Launch, keys: _Launch) -> AttentionConfig:
+    return AttentionConfig(KernelConfig(*forward), KernelConfig(*queries), KernelConfig(*keys))
+
+
+# By padded head size, for 16-bit elements; rows, keys, masked, num_warps, num_stages. Of each
+# list tried (largest tiles first), the first that compiles without a spill for all head groups
+# and head sizes that share the entry.
+_AMPERE_CONSUMER = {
+    64: _config((128, 64, 32, 4, 3), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+    128: _config((128, 64, 32, 8, 3), (128, 32, 32, 8, 2), (32, 64, 32, 8, 2)),
+    256: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 1), (32, 32, 32, 8, 2)),
+}
 _CONFIG_16BIT = {
-    64: AttentionConfig(
-        KernelConfig(128, 64, 32, 4, 3),
-        KernelConfig(128, 64, 32, 4, 2),
-        KernelConfig(64, 64, 32, 4, 2),
-    ),
-    128: AttentionConfig(
-        KernelConfig(128, 64, 32, 8, 2),
-        KernelConfig(128, 64, 32, 8, 2),
-        KernelConfig(64, 64, 32, 8, 2),
-    ),
-    256: AttentionConfig(
-        KernelConfig(64, 32, 32, 8, 1),
-        KernelConfig(64, 32, 32, 8, 1),
-        KernelConfig(32, 32, 32, 8, 1),
-    ),
+    "sm_80": {
+        **_AMPERE_CONSUMER,
+        256: _config((64, 64, 32, 8, 1), (64, 64, 32, 8, 2), (32, 64, 32, 8, 1)),
+    },
+    "sm_86": _AMPERE_CONSUMER,
+    "sm_89": _AMPERE_CONSUMER,
+    "sm_90": {
+        64: _config((128, 64, 32, 4, 3), (128, 64, 32, 8, 2), (64, 64, 32, 4, 2)),
+        128: _config((128, 64, 32, 8, 3), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        256: _config((64, 64, 32, 8, 2), (64, 32, 32, 8, 2), (32, 32, 32, 8, 2)),
+    },
+    "sm_100": {
+        64: _config((128, 64, 32, 8, 3), (128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+        128: _config((128, 64, 32, 8, 3), (128, 64, 32, 8, 2), (32, 64, 32, 8, 2)),
+        256: _config((64, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 8, 2)),
+    },
+    "sm_120": {
+        64: _config((128, 64, 32, 8, 3), (128, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        128: _config((128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 64, 32, 8, 2)),
+        256: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 1), (32, 32, 32, 8, 2)),
+    },
+    "gfx942": {
+        64: _config((128, 64, 32, 4, 3), (128, 64, 32, 8, 2), (64, 64, 32, 4, 2)),
+        128: _config((128, 64, 32, 8, 2), (128, 32, 32, 8, 3), (32, 64, 32, 4, 2)),
+        256: _config((64, 32, 32, 8, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 1)),
+    },
+}
+# The same for 32-bit elements, whose products take three times the registers.
+_SMALL_32BIT = _config((16, 32, 16, 8, 1), (16, 32, 16, 8, 1), (32, 16, 32, 8, 1))
+_AMPERE_32BIT = {
+    64: _config((32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1)),
+    128: _SMALL_32BIT,
 }
 _CONFIG_32BIT = {
-    64: AttentionConfig(
-        KernelConfig(64, 32, 32, 8, 1),
-        KernelConfig(64, 32, 32, 8, 1),
-        KernelConfig(32, 32, 32, 8, 1),
-    ),
-    128: AttentionConfig(
-        KernelConfig(32, 32, 32, 8, 1),
-        KernelConfig(32, 32, 32, 8, 1),
-        KernelConfig(32, 32, 32, 8, 1),
-    ),
-    256: AttentionConfig(
-        KernelConfig(32, 16, 16, 8, 1),
-        KernelConfig(32, 16, 16, 8, 1),
-        KernelConfig(16, 16, 16, 8, 1),
-    ),
+    "sm_80": _AMPERE_32BIT,
+    "sm_86": _AMPERE_32BIT,
+    "sm_89": _AMPERE_32BIT,
+    "sm_90": {
+        64: _config((64, 32, 32, 8, 2), (64, 32, 32, 8, 2), (64, 32, 32, 8, 1)),
+        128: _SMALL_32BIT,
+    },
+    "sm_100": {
+        64: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 2), (32, 32, 32, 8, 1)),
+        128: _SMALL_32BIT,
+    },
+    "sm_120": {
+        64: _config((64, 32, 32, 8, 2), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1)),
+        128: replace(_SMALL_32BIT, backward_queries=KernelConfig(16, 32, 16, 8, 1, hoist=False)),
+    },
+    "gfx942": {
+        64: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 2), (32, 32, 32, 8, 1)),
+        128: _config((64, 32, 32, 8, 2), (32, 16, 16, 8, 1), (16, 32, 16, 8, 1)),
+    },
 }
 
 # Each step costs milliseconds there, whatever its size.
@@ -100,14 +143,19 @@ def listed_architecture(device: torch.device) -> str | None:
     return f"sm_{max(older)}" if older else None
 
 
-def why_no_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def why_no_config(device: torch.device, heads: HeadLayout, dtype: torch.dtype) -> str | None:
     """Why no configuration fits, or None."""
-    if head_dim > max(HEAD_DIMS):
-        return f"head_dim {head_dim} is above {max(HEAD_DIMS)}"
+    if heads.head_dim > max(HEAD_DIMS):
+        return f"head_dim {heads.head_dim} is above {max(HEAD_DIMS)}"
+    group = heads.num_heads // heads.num_kv_heads
+    if group > MAX_GROUP:
+        return f"{group} query heads share a key head, the tiles hold at most {MAX_GROUP}"
     if interpreting():
         return None
     if dtype == torch.float64:
         return "the kernels have no fp64 form on a GPU"
+    if dtype == torch.float32 and heads.head_dim > MAX_HEAD_DIM_FP32:
+        return f"no fp32 form above head_dim {MAX_HEAD_DIM_FP32} fits the registers"
     if listed_architecture(device) is None:
         return f"no configuration for {device_architecture(device)}"
     return None
@@ -123,6 +171,11 @@ def default_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> A
 
 
 def attention_config(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """The configuration of one architecture ("sm_90"), head size and dtype."""
+    """The configuration of one listed architecture, head size and dtype.
+
+    Args:
+        arch: one of ARCHITECTURES.
+        head_dim: at most 256, or MAX_HEAD_DIM_FP32 for fp32.
+    """
     table = _CONFIG_16BIT if dtype.itemsize == 2 else _CONFIG_32BIT
-    return table[max(64, padded_head_dim(head_dim))]
+    return table[arch][max(64, padded_head_dim(head_dim))]

@@ -154,11 +154,13 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _constants(head_dim: int, eps: float, dtype: torch.dtype) -> dict[str, Any]:
     block = triton.next_power_of_2(head_dim // 2)
+    # Half as many wide elements: the backward kernel would spill a register at 80 and 96.
+    tile = _HALF_TILE // 2 if dtype.itemsize > 2 else _HALF_TILE
     return {
         "HALF": head_dim // 2,
         "EPS": eps,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "ROWS": max(1, _HALF_TILE // block),
+        "ROWS": max(1, tile // block),
         "BLOCK": block,
     }
 

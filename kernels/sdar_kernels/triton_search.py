@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.self_check import HeadLayout, document_intervals
+from sdar_kernels.head_layout import HeadLayout
+from sdar_kernels.self_check import document_intervals
 from sdar_kernels.triton_configs import AttentionConfig, KernelConfig, default_config
 
 # Milliseconds of one call.

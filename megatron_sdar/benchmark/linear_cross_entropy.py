@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from sdar_kernels.linear_cross_entropy import linear_cross_entropy
 from sdar_kernels.reference import weighted_cross_entropy
 from torch import Tensor
@@ -127,3 +129,25 @@ def _run(name: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     _FORMS[name](*inputs).backward()
     for tensor in inputs:
         tensor.grad = None
+
+
+def show_linear_cross_entropy(figures: LinearCrossEntropyFigures) -> None:
+    """Print the figures beside their goals."""
+    table = Table(title="Linear cross-entropy, forward and backward: chunked / plain")
+    for column in ("", "plain", "chunked", "ratio", "goal"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "time, s",
+        f"{figures.seconds_plain:.2f}",
+        f"{figures.seconds_chunked:.2f}",
+        f"{figures.time_ratio:.2f}",
+        "<= 1.15",
+    )
+    table.add_row(
+        "peak memory beyond the inputs, MiB",
+        f"{figures.peak_mb_plain:.0f}",
+        f"{figures.peak_mb_chunked:.0f}",
+        f"{figures.memory_ratio:.3f}",
+        "<= 0.2",
+    )
+    Console().print(table)

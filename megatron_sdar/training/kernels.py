@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from sdar_kernels.attention_backend import choose_backend
 from sdar_kernels.fused_kernels import choose_fused_kernels
-from sdar_kernels.self_check import HeadLayout
+from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_configs import AttentionConfig
 from sdar_kernels.triton_search import SearchResult, search_config
 
@@ -55,19 +55,23 @@ def choose_kernels(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -
         choice = _choose_here(config, arch, mesh)
     except ValueError as caught:
         error = str(caught)
-    names = (choice.attention, choice.fused_kernels) if choice else ()
-    answers = gather_from_all((names, error), mesh)
-    errors = list(dict.fromkeys(text for _, text in answers if text))
-    if errors:
-        raise ValueError(errors[0])
-    assert choice is not None, "no error, so a choice"
+    answers = gather_from_all((choice, error), mesh)
+    for rank, (_, text) in enumerate(answers):
+        if text:
+            raise ValueError(f"rank {rank}: {text}" if rank else text)
+    first = answers[0][0]
     for rank, (theirs, _) in enumerate(answers):
-        if theirs != answers[0][0]:
+        if _names(theirs) != _names(first):
             raise ValueError(
-                f"rank 0 would use the kernels {answers[0][0]}, rank {rank} {theirs}; set "
-                "attention_backend and fused_kernels to what all of them can use"
+                f"rank 0 would compute with {_names(first)}, rank {rank} with {_names(theirs)}; "
+                "set attention_backend and fused_kernels to what all of them can use"
             )
-    return choice
+    assert first is not None, "no error, so a choice"
+    return first
+
+
+def _names(choice: KernelChoice | None) -> str:
+    return f"{choice.attention} attention and {choice.fused_kernels} kernels" if choice else ""
 
 
 def _choose_here(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> KernelChoice:

@@ -63,7 +63,10 @@ CASES = {
         ["nowhere/checkpoint-3"],
     ),
     "missing_model": ({"model_name_or_path": "nowhere/model"}, ["nowhere/model"]),
-    "flex_on_cpu": ({"attention_backend": "flex"}, ["attention_backend", "tiled"]),
+    "flex_on_cpu": (
+        {"attention_backend": "flex"},
+        ["attention_backend", "no CPU backward", "use attention_backend: auto"],
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from sdar_kernels import reference
 from sdar_kernels.attention import block_diffusion_attention
 from sdar_kernels.attention_backend import backend_problem, choose_backend
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.self_check import HeadLayout
+from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_attention import triton_attention
 from sdar_kernels.triton_configs import AttentionConfig, KernelConfig
 from sdar_kernels.triton_search import search_config

@@ -12,7 +12,8 @@ from sdar_kernels import attention_backend, reference
 from sdar_kernels.attention import block_diffusion_attention
 from sdar_kernels.attention_backend import BACKENDS, backend_problem, choose_backend, run_backend
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.self_check import HeadLayout, attention_problem, document_intervals
+from sdar_kernels.head_layout import HeadLayout
+from sdar_kernels.self_check import attention_problem, document_intervals
 from sdar_kernels.tiled_attention import tiled_attention
 from torch import Tensor
 from unit.packings import pack, random_document, random_packing, rule_mask

@@ -1,0 +1,268 @@
+"""Tiled attention equals the reference, forward and backward, on any mask; its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sdar_kernels import reference, tiled_attention
+from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.self_check import document_intervals
+from sdar_kernels.tile_groups import TileSizes
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from unit.intervals import random_intervals
+from unit.packings import concatenated, random_packing
+
+# Cuts everything that can be cut: tiles, batches of documents and blocks, and rows of a tile.
+SMALL = TileSizes(3, 5, 16, batch_keys=8, batch_scores=64, row_scores=600)
+LARGE = TileSizes(64, 128, 48, batch_keys=4096)
+HEADS = [(1, 1, 4), (4, 1, 8), (4, 2, 8), (6, 3, 2), (2, 2, 16)]
+
+any_sizes = st.sampled_from([TileSizes(), SMALL, LARGE])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small a second thread only costs
+    yield
+    torch.set_num_threads(threads)
+
+
+def _inputs(
+    seed: int, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """q, k, v and an upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads, head_dim = heads
+    return tuple(
+        torch.randn(num_tokens, count, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+        for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    )
+
+
+def _run(tensors: tuple[Tensor, ...], attention: Callable[..., Tensor]) -> list[Tensor]:
+    """Output and the gradients of q, k and v."""
+    *leaves, upstream = (tensor.detach().clone() for tensor in tensors)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = attention(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _tiled(
+    mask: AttentionMask, tensors: tuple[Tensor, ...], sizes: TileSizes | None = None
+) -> list[Tensor]:
+    return _run(tensors, lambda q, k, v: tiled_attention.tiled_attention(q, k, v, mask, sizes))
+
+
+def _reference(mask: AttentionMask, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return _run(tensors, lambda q, k, v: reference.attention(q, k, v, mask.key_intervals))
+
+
+def _worst(
+    mask: AttentionMask, tensors: tuple[Tensor, ...], sizes: TileSizes | None = None
+) -> float:
+    worst = 0.0
+    for ours, theirs in zip(_tiled(mask, tensors, sizes), _reference(mask, tensors), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        error = (ours - theirs).abs().max().item()
+        assert error == error, "not a number"
+        worst = max(worst, error)
+    return worst
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    block_length=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32, 64]),
+    heads=st.sampled_from(HEADS),
+    sizes=any_sizes,
+    padding=st.integers(0, 70),
+)
+def test_random_packings_in_fp64(
+    seed: int, block_length: int, heads: tuple[int, int, int], sizes: TileSizes, padding: int
+) -> None:
+    max_blocks = max(1, min(5, 64 // block_length))
+    packing = random_packing(
+        seed, block_length, max_documents=3, max_blocks=max_blocks, max_padding=padding
+    )
+    mask = packing.mask()
+    assert _worst(mask, _inputs(seed, mask.num_tokens, heads, torch.float64), sizes) < 1e-12
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    num_tokens=st.integers(1, 90),
+    heads=st.sampled_from(HEADS),
+    sizes=any_sizes,
+)
+def test_any_intervals_in_fp64(
+    seed: int, num_tokens: int, heads: tuple[int, int, int], sizes: TileSizes
+) -> None:
+    mask = AttentionMask.build(random_intervals(seed, num_tokens))
+    assert _worst(mask, _inputs(seed, num_tokens, heads, torch.float64), sizes) < 1e-12
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    block_length=st.integers(1, 64),
+    noisy_first=st.booleans(),
+    repeat=st.integers(1, 3),
+    sizes=any_sizes,
+)
+def test_ragged_documents_in_either_order_in_fp64(
+    lengths: list[int], block_length: int, noisy_first: bool, repeat: int, sizes: TileSizes
+) -> None:
+    intervals = document_intervals(
+        lengths * repeat, block_length, noisy_first=noisy_first, padding=len(lengths)
+    )
+    mask = AttentionMask.build(intervals)
+    assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64), sizes) < 1e-12
+
+
+def test_concatenated_rows_in_fp64() -> None:
+    row, _ = concatenated([random_packing(seed, 4) for seed in range(3)])
+    mask = AttentionMask.build(row.key_intervals)
+    assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
+
+
+def test_a_long_document_in_fp64() -> None:
+    """Both forms of the key gradient, and tiles whose queries are cut."""
+    mask = AttentionMask.build(document_intervals([530, 70], 4))
+    tensors = _inputs(0, mask.num_tokens, (4, 1, 4), torch.float64)
+    assert _worst(mask, tensors) < 1e-12
+    assert _worst(mask, tensors, TileSizes(row_scores=1, batch_scores=1)) < 1e-12
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 8, 64])
+@pytest.mark.parametrize("drop", [False, True])
+def test_fp32(block_length: int, drop: bool) -> None:
+    for seed in range(3):
+        packing = random_packing(seed, block_length, max_blocks=3, drop=drop)
+        mask = packing.mask()
+        assert _worst(mask, _inputs(seed, mask.num_tokens, (4, 2, 16), torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("block_length", [4, 64])
+def test_bf16_is_close_to_the_exact_result(block_length: int) -> None:
+    mask = random_packing(2, block_length, max_blocks=48 // block_length + 2).mask()
+    narrow = _inputs(0, mask.num_tokens, (4, 2, 32), torch.bfloat16)
+    exact = _reference(mask, tuple(tensor.double() for tensor in narrow))
+    for name, left, right in zip(
+        ("out", "dq", "dk", "dv"), _tiled(mask, narrow), exact, strict=True
+    ):
+        assert left.dtype == torch.bfloat16, name
+        error = (left.double() - right).norm() / right.norm()
+        assert error < 1e-2, f"{name}: relative error {error:.1e}"
+
+
+def test_key_gradients_of_many_queries_are_summed_in_fp32() -> None:
+    """Sums of bf16 terms in bf16 would stop growing."""
+    mask = AttentionMask.build(document_intervals([1024], 4))
+    q, k, v, upstream = _inputs(0, mask.num_tokens, (2, 1, 8), torch.bfloat16)
+    tensors = (q * 0, k, v, upstream.abs() + 1)
+    exact = _reference(mask, tuple(tensor.double() for tensor in tensors))[3]
+    error = (_tiled(mask, tensors)[3].double() - exact).norm() / exact.norm()
+    assert error < 5e-3
+
+
+def test_large_scores_do_not_overflow() -> None:
+    mask = random_packing(3, 4).mask()
+    q, k, v, upstream = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    tensors = (q * 300, k, v, upstream)
+    for left, right in zip(_tiled(mask, tensors), _reference(mask, tensors), strict=True):
+        assert torch.isfinite(left).all()
+        assert (left - right).norm() < 1e-3 * right.norm()
+
+
+def test_inputs_need_not_be_contiguous_and_stay_as_they_were() -> None:
+    mask = random_packing(5, 4).mask()
+    tensors = _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
+    strided = tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
+    copies = [tensor.clone() for tensor in strided]
+    leaves = [tensor.detach().requires_grad_() for tensor in strided[:3]]
+    out = tiled_attention.tiled_attention(*leaves, mask)
+    grads = torch.autograd.grad(out, leaves, strided[3])
+    for ours, theirs in zip((out, *grads), _reference(mask, tensors), strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+    assert all(torch.equal(left, right) for left, right in zip(strided, copies, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    mask = random_packing(5, 4).mask()
+    *leaves, _ = _inputs(0, mask.num_tokens, (2, 2, 4), torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = tiled_attention.tiled_attention(*leaves, mask)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiled_attention._Workspace.get
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return plain(self, *args, **kwargs).fill_(torch.nan)
+
+    monkeypatch.setattr(tiled_attention._Workspace, "get", poisoned)
+    for sizes in (TileSizes(), SMALL):
+        mask = AttentionMask.build(document_intervals([300, 60, 60], 4, padding=3))
+        tensors = _inputs(0, mask.num_tokens, (4, 2, 4), torch.float64)
+        assert _worst(mask, tensors, sizes) < 1e-12
+
+
+class _Sizes(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+def _largest(attention: Callable[..., list[Tensor]], length: int) -> int:
+    mask = AttentionMask.build(document_intervals([length], 4))
+    tensors = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    with _Sizes() as seen:
+        attention(mask, tensors)
+    return seen.largest
+
+
+def test_memory_is_linear_in_the_tokens() -> None:
+    sizes = TileSizes(row_scores=1 << 12, batch_scores=1 << 12)
+
+    def attention(mask: AttentionMask, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        return _tiled(mask, tensors, sizes)
+
+    # Of 2 * 1536 tokens: q itself, or the scores of the fewest rows that are computed at a time.
+    assert _largest(attention, 1536) <= max(2 * 1536 * 4 * 16, 128 * 1536)
+    assert _largest(_reference, 512) >= 1024 * 1024, "the recorder would see all scores"
+
+
+def test_what_is_kept_for_backward_is_linear_in_the_tokens() -> None:
+    mask = AttentionMask.build(document_intervals([512], 4))
+    q, k, v, _ = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tiled_attention.tiled_attention(q.requires_grad_(), k, v, mask)
+    assert sorted(saved) == sorted([q.numel(), q.numel(), k.numel(), v.numel(), 1024 * 4])
