@@ -12,7 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_sdar.benchmark.attention import AttentionOptions, measure_attention, show_attention
+import torch
+
+from megatron_sdar.benchmark.attention import AttentionOptions, measure_attention
+from megatron_sdar.benchmark.attention_report import plot_attention, show_attention
 from megatron_sdar.benchmark.data import measure_data, show_figures
 from megatron_sdar.benchmark.linear_cross_entropy import (
     LinearCrossEntropySize,
@@ -59,6 +62,58 @@ def _add_data(commands: Any) -> argparse.ArgumentParser:
     return data
 
 
+def _add_attention(commands: Any) -> argparse.ArgumentParser:
+    attention: argparse.ArgumentParser = commands.add_parser(
+        "attention",
+        help="our backends against dense SDPA, per-document SDPA and the FLOP limit, in turn; waste",
+    )
+    attention.set_defaults(run=_attention)
+    defaults = AttentionOptions()
+    attention.add_argument(
+        "--length",
+        type=int,
+        default=defaults.length,
+        help="tokens of one copy, rows hold two (default %(default)s)",
+    )
+    attention.add_argument(
+        "--documents",
+        type=int,
+        default=defaults.documents,
+        help="how many share them in the packed row (default %(default)s)",
+    )
+    attention.add_argument(
+        "--heads",
+        type=int,
+        nargs=3,
+        metavar=("QUERY", "KEY", "DIM"),
+        default=(defaults.num_heads, defaults.num_kv_heads, defaults.head_dim),
+        help="query heads, key heads, head size (default 8 4 64; SDAR-8B: 32 8 128)",
+    )
+    attention.add_argument("--block-length", type=int, default=defaults.block_length)
+    attention.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="(default %(default)s)",
+    )
+    attention.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: a GPU if there is one)",
+    )
+    attention.add_argument(
+        "--threads",
+        type=int,
+        default=defaults.num_threads,
+        help="of torch on a CPU (default %(default)s: the least disturbed)",
+    )
+    attention.add_argument(
+        "--rounds", type=int, default=defaults.rounds, help="(default %(default)s)"
+    )
+    attention.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of the times")
+    return attention  # fmt: skip
+
+
 def _add_loss(commands: Any) -> argparse.ArgumentParser:
     loss: argparse.ArgumentParser = commands.add_parser(
         "loss", help="chunked linear cross-entropy against the plain form: time and peak memory"
@@ -82,6 +137,35 @@ def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             args.input, args.tokenizer, rounds=args.rounds, repeat=args.repeat, say=say
         )
     show_figures(figures)
+    return asdict(figures)
+
+
+def _attention(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    num_heads, num_kv_heads, head_dim = args.heads
+    if args.length % (args.documents * args.block_length):
+        raise ValueError(
+            f"--length {args.length} is not a multiple of --documents {args.documents} times "
+            f"--block-length {args.block_length}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(f"--heads: {num_heads} query heads do not divide by {num_kv_heads}")
+    options = AttentionOptions(
+        length=args.length,
+        documents=args.documents,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_length=args.block_length,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        num_threads=args.threads,
+        rounds=args.rounds,
+    )
+    figures = measure_attention(options, say)
+    show_attention(figures)
+    if args.plot is not None:
+        plot_attention(figures, args.plot)
+        say(f"plot: {args.plot}")
     return asdict(figures)
 
 

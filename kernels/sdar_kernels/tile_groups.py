@@ -24,7 +24,7 @@ LongArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TileSizes:
-    """How work is cut; measured on a core with 1 MiB of L2 cache (docs of the benchmark).
+    """How work is cut; the defaults were measured on a core with 1 MiB of L2 cache.
 
     Attributes:
         short_tile, long_tile: tokens of a tile in documents below and from `long_document` on.
@@ -87,10 +87,12 @@ class TilePlan:
 
     Attributes:
         key_sets: in the order in which they must run.
+        second_only: int64, query rows without a first range.
         num_pairs: (query, key) pairs per query head that are computed.
     """
 
     key_sets: tuple[KeySet, ...]
+    second_only: Tensor
     num_pairs: int
 
 
@@ -102,17 +104,15 @@ def waste(mask: AttentionMask, sizes: TileSizes | None = None) -> float:
 def make_tile_plan(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> TilePlan:
     """The plan of a micro-batch for attention with `num_kv_heads` key heads."""
     first = _first_ranges(mask, num_kv_heads, sizes)
-    second = _second_ranges(mask, num_kv_heads, sizes)
-    key_sets = (*first, *second)
-    return TilePlan(
-        key_sets,
-        sum(
-            key_set.batch * tile.num_tokens * tile.width
-            for key_set in key_sets
-            for tile in key_set.tiles
-        )
-        // num_kv_heads,
+    key_sets = (*first, *_second_ranges(mask, num_kv_heads, sizes))
+    low, high = mask.host_intervals[:, :2].T
+    second_only = _rows(mask, np.flatnonzero(low == high)[None], num_kv_heads)
+    pairs = sum(
+        key_set.batch * tile.num_tokens * tile.width
+        for key_set in key_sets
+        for tile in key_set.tiles
     )
+    return TilePlan(key_sets, second_only, pairs // num_kv_heads)
 
 
 def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> Iterator[KeySet]:

@@ -198,7 +198,8 @@ class _TiledAttention(torch.autograd.Function):
         space = _Workspace(q)
         q_rows = q.reshape(-1, groups * head_dim)
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
-        out = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
+        out = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
+        out.index_fill_(0, plan.second_only, 0)
         lse = q.new_full((out.shape[0], groups), float("-inf"), dtype=_wide(q.dtype))
         # Share of a query's first range in its probability; that of the second is the rest.
         share = torch.ones_like(lse)
@@ -239,7 +240,8 @@ class _TiledAttention(torch.autograd.Function):
         q_rows, upstream_rows = (x.reshape(-1, groups * head_dim) for x in (q, grad_out))
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
         delta = _row_products(out, grad_out).view(share.shape)
-        grad_q = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
+        grad_q = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
+        grad_q.index_fill_(0, ctx.plan.second_only, 0)
         grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(q.dtype)) for x in (k_rows, v_rows))
         for key_set in ctx.plan.key_sets:
             shape = (key_set.batch, key_set.extent, head_dim)
@@ -270,7 +272,11 @@ class _TiledAttention(torch.autograd.Function):
                     grad_s.sub_(part_delta.view(piece.batch, -1, 1)).mul_(probabilities)
                     sum_k.add(grad_s, queries, piece, scale=scale, fresh=fresh)
                     part = upstream.baddbmm_(grad_s, visible, beta=0, alpha=scale)
-                    grad_q.index_add_(0, rows, part.view(rows.shape[0], -1))
+                    part = part.view(rows.shape[0], -1)
+                    if key_set.second:
+                        grad_q.index_add_(0, rows, part)
+                    else:
+                        grad_q.index_copy_(0, rows, part)
             sum_k.add_to(grad_k, key_set.rows)
             sum_v.add_to(grad_v, key_set.rows)
         grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))

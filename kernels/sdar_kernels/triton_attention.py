@@ -188,7 +188,7 @@ def shipped(arch: str) -> list[KernelSpec]:
     """Every configuration that `attention_config` hands out, with SDAR's head groups at d 128."""
     return [
         spec
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for head_dim in HEAD_DIMS
         if dtype.itemsize == 2 or head_dim <= MAX_HEAD_DIM_FP32
         for group in ((2, 4, 8) if head_dim == 128 else (4,))

@@ -138,7 +138,7 @@ def test_concatenated_rows_in_fp64() -> None:
 
 def test_a_long_document_in_fp64() -> None:
     """Both forms of the key gradient, and tiles whose queries are cut."""
-    mask = AttentionMask.build(document_intervals([530, 70], 4))
+    mask = AttentionMask.build(document_intervals([570, 70], 4))
     tensors = _inputs(0, mask.num_tokens, (4, 1, 4), torch.float64)
     assert _worst(mask, tensors) < 1e-12
     assert _worst(mask, tensors, TileSizes(row_scores=1, batch_scores=1)) < 1e-12
@@ -172,8 +172,9 @@ def test_key_gradients_of_many_queries_are_summed_in_fp32() -> None:
     q, k, v, upstream = _inputs(0, mask.num_tokens, (2, 1, 8), torch.bfloat16)
     tensors = (q * 0, k, v, upstream.abs() + 1)
     exact = _reference(mask, tuple(tensor.double() for tensor in tensors))[3]
-    error = (_tiled(mask, tensors)[3].double() - exact).norm() / exact.norm()
-    assert error < 5e-3
+    ours = _tiled(mask, tensors, TileSizes(8, 8))[3]  # 128 terms for the first key
+    error = (ours.double() - exact).norm() / exact.norm()
+    assert error < 4e-3
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -208,13 +209,18 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_uninitialised_memory_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uninitialised_memory_is_never_read(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     plain = tiled_attention._Workspace.get
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         return plain(self, *args, **kwargs).fill_(torch.nan)
 
     monkeypatch.setattr(tiled_attention._Workspace, "get", poisoned)
+    # In this mode torch.empty gives NaN.
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     for sizes in (TileSizes(), SMALL):
         mask = AttentionMask.build(document_intervals([300, 60, 60], 4, padding=3))
         tensors = _inputs(0, mask.num_tokens, (4, 2, 4), torch.float64)
