@@ -65,7 +65,7 @@ def _add_data(commands: Any) -> argparse.ArgumentParser:
 def _add_attention(commands: Any) -> argparse.ArgumentParser:
     attention: argparse.ArgumentParser = commands.add_parser(
         "attention",
-        help="our backends against dense SDPA, per-document SDPA and the FLOP limit, in turn; waste",
+        help="our backends, dense and per-document SDPA and the FLOP limit, in turn; waste",
     )
     attention.set_defaults(run=_attention)
     defaults = AttentionOptions()
@@ -142,11 +142,6 @@ def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def _attention(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     num_heads, num_kv_heads, head_dim = args.heads
-    if args.length % (args.documents * args.block_length):
-        raise ValueError(
-            f"--length {args.length} is not a multiple of --documents {args.documents} times "
-            f"--block-length {args.block_length}"
-        )
     if num_heads % num_kv_heads:
         raise ValueError(f"--heads: {num_heads} query heads do not divide by {num_kv_heads}")
     options = AttentionOptions(

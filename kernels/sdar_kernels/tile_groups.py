@@ -10,7 +10,7 @@ Invariant: each non-empty range of each query lies in exactly one tile that cove
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.tile_rows import Rows
 
 LongArray = NDArray[np.int64]
 
@@ -32,6 +33,9 @@ class TileSizes:
         batch_keys: keys of a batch of documents or blocks, a longer document is a batch itself.
         batch_scores: scores computed at a time of a batch.
         row_scores: scores computed at a time of the queries of one key head and document.
+        kept_keys: probabilities of tiles of first ranges that read at most this many keys are kept
+            for backward, where computing them again would cost more than reading them. It bounds
+            what is kept: per query, as much as that many numbers of each head.
     """
 
     short_tile: int = 32
@@ -40,6 +44,7 @@ class TileSizes:
     batch_keys: int = 1024
     batch_scores: int = 1 << 18
     row_scores: int = 1 << 20
+    kept_keys: int = 128
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,20 @@ class QueryTile:
     """Queries of a batch that see the first `width` keys of their document or block.
 
     Attributes:
-        rows: int64 [batch * num_tokens], token * K + key head of each query row.
+        rows: query rows, a document being an entry.
         seen: int64 [batch * num_tokens], how many of the last `masked` keys a row sees; None
             if it sees all of them.
-        num_tokens: queries per key head of each document.
         width: keys.
         masked: keys at the end of `width` that need the mask.
+        kept: where its probabilities begin, per query head of a key head, among those kept for
+            backward; None if they are computed again.
     """
 
-    rows: Tensor
+    rows: Rows
     seen: Tensor | None
-    num_tokens: int
     width: int
     masked: int
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +73,14 @@ class KeySet:
     """Keys of equally shaped documents (or own blocks), and the tiles that read them.
 
     Attributes:
-        rows: int64 [batch * extent], token * K + key head of each key.
+        rows: keys, a document (or own block) being an entry.
         batch: documents times key heads.
         extent: keys of each, a multiple of the tile; the last ones may repeat the first.
         second: whether queries read these keys through their second range.
         tiles: the widest first, which reads all `extent` keys.
     """
 
-    rows: Tensor
+    rows: Rows
     batch: int
     extent: int
     second: bool
@@ -87,13 +93,15 @@ class TilePlan:
 
     Attributes:
         key_sets: in the order in which they must run.
-        second_only: int64, query rows without a first range.
+        second_only: query rows without a first range.
         num_pairs: (query, key) pairs per query head that are computed.
+        num_kept: probabilities kept for backward, per query head of a key head.
     """
 
     key_sets: tuple[KeySet, ...]
-    second_only: Tensor
+    second_only: Rows
     num_pairs: int
+    num_kept: int
 
 
 def waste(mask: AttentionMask, sizes: TileSizes | None = None) -> float:
@@ -108,11 +116,17 @@ def make_tile_plan(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> 
     low, high = mask.host_intervals[:, :2].T
     second_only = _rows(mask, np.flatnonzero(low == high)[None], num_kv_heads)
     pairs = sum(
-        key_set.batch * tile.num_tokens * tile.width
+        key_set.batch * tile.rows.num_tokens * tile.width
         for key_set in key_sets
         for tile in key_set.tiles
     )
-    return TilePlan(key_sets, second_only, pairs // num_kv_heads)
+    num_kept = sum(
+        key_set.batch * tile.rows.num_tokens * tile.width
+        for key_set in key_sets
+        for tile in key_set.tiles
+        if tile.kept is not None
+    )
+    return TilePlan(key_sets, second_only, pairs // num_kv_heads, num_kept)
 
 
 def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> Iterator[KeySet]:
@@ -122,17 +136,19 @@ def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> I
     starts, document = np.unique(low[queries], return_inverse=True)
     extents = np.zeros(starts.size, dtype=np.int64)
     np.maximum.at(extents, document, lengths)
-    tile = np.where(extents < sizes.long_document, sizes.short_tile, sizes.long_tile)
-    tile = np.minimum(tile, extents)
-    num_tiles = -(-extents // tile)
+    tile_sizes = np.where(extents < sizes.long_document, sizes.short_tile, sizes.long_tile)
+    tile_sizes = np.minimum(tile_sizes, extents)
+    num_tiles = -(-extents // tile_sizes)
     first_bucket = np.cumsum(num_tiles) - num_tiles
-    bucket = first_bucket[document] + (lengths - 1) // tile[document]
-    seen = (lengths - 1) % tile[document] + 1
+    bucket = first_bucket[document] + (lengths - 1) // tile_sizes[document]
+    seen = (lengths - 1) % tile_sizes[document] + 1
     counts = np.bincount(bucket, minlength=int(num_tiles.sum()))
     order = np.argsort(bucket, kind="stable")
     begins = np.cumsum(counts) - counts
-    for documents in _alike(first_bucket, num_tiles, tile, counts, sizes.batch_keys):
-        size, extent = int(tile[documents[0]]), int(num_tiles[documents[0]] * tile[documents[0]])
+    num_kept = 0
+    for documents in _alike(first_bucket, num_tiles, tile_sizes, counts, sizes.batch_keys):
+        size = int(tile_sizes[documents[0]])
+        extent = int(num_tiles[documents[0]]) * size
         tiles = []
         for step in reversed(range(extent // size)):
             buckets = first_bucket[documents] + step
@@ -140,9 +156,11 @@ def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> I
             if num_tokens:
                 members = order[begins[buckets][:, None] + np.arange(num_tokens)]
                 width = (step + 1) * size
-                tiles.append(
-                    _query_tile(mask, queries[members], seen[members], num_kv_heads, width, size)
-                )
+                tile = _query_tile(mask, queries[members], seen[members], num_kv_heads, width, size)
+                if width <= sizes.kept_keys:
+                    tile = replace(tile, kept=num_kept)
+                    num_kept += members.size * num_kv_heads * width
+                tiles.append(tile)
         # Keys beyond a document are hidden; they repeat its first so that nothing foreign is read.
         offsets = np.arange(extent)
         inside = offsets < extents[documents][:, None]
@@ -204,9 +222,9 @@ def _query_tile(
     """A tile of tokens [documents, num_tokens]."""
     rows = _rows(mask, tokens, num_kv_heads)
     if (seen == masked).all():
-        return QueryTile(rows, None, tokens.shape[1], width, masked)
+        return QueryTile(rows, None, width, masked)
     repeated = np.repeat(seen[:, None], num_kv_heads, axis=1)
-    return QueryTile(rows, _to_device(mask, repeated), tokens.shape[1], width, masked)
+    return QueryTile(rows, _to_device(mask, repeated), width, masked)
 
 
 def _key_set(
@@ -218,10 +236,8 @@ def _key_set(
     return KeySet(rows, batch, tokens.shape[1], second, tuple(tiles))
 
 
-def _rows(mask: AttentionMask, tokens: LongArray, num_kv_heads: int) -> Tensor:
-    """Tokens [documents, n] -> int64 [documents * K * n], key heads outside tokens."""
-    heads = np.arange(num_kv_heads)[:, None]
-    return _to_device(mask, tokens[:, None] * num_kv_heads + heads)
+def _rows(mask: AttentionMask, tokens: LongArray, num_kv_heads: int) -> Rows:
+    return Rows.of_tokens(tokens, num_kv_heads, mask.key_intervals.device)
 
 
 def _to_device(mask: AttentionMask, array: LongArray) -> Tensor:

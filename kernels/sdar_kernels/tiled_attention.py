@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.tile_groups import KeySet, QueryTile, TilePlan, TileSizes, make_tile_plan
+from sdar_kernels.tile_rows import Rows
 
 # torch.softmax takes as long for a row of 4 as for one of 100.
 _NARROW = 16
@@ -58,25 +59,31 @@ class _Piece(NamedTuple):
     def batch(self) -> int:
         return self.end - self.start
 
-    def take(self, values: Tensor, tile: QueryTile) -> Tensor:
-        """The piece's part of `tile.rows` or `tile.seen`."""
-        start = self.start * tile.num_tokens + self.first_query
-        return values[start : (self.end - 1) * tile.num_tokens + self.last_query]
+    def rows(self, tile: QueryTile) -> Rows:
+        return tile.rows.part(self.start, self.end, self.first_query, self.last_query)
+
+    def seen(self, tile: QueryTile) -> Tensor:
+        assert tile.seen is not None, "the tile has hidden keys"
+        start = self.start * tile.rows.num_tokens + self.first_query
+        return tile.seen[start : (self.end - 1) * tile.rows.num_tokens + self.last_query]
 
 
 def _pieces(key_set: KeySet, tile: QueryTile, groups: int, sizes: TileSizes) -> Iterator[_Piece]:
     """Pieces of bounded size; one that leaves out queries belongs to one batch entry."""
-    num_scores = tile.num_tokens * groups * tile.width
+    num_tokens, num_kv_heads = tile.rows.num_tokens, tile.rows.num_kv_heads
+    num_scores = num_tokens * groups * tile.width
     if num_scores > sizes.row_scores:
         # Fewer than 128 rows would cost more in packing the keys than they save in cache.
         step = max(-(-128 // groups), sizes.row_scores // (tile.width * groups))
         for entry in range(key_set.batch):
-            for query in range(0, tile.num_tokens, step):
-                yield _Piece(entry, entry + 1, query, min(query + step, tile.num_tokens))
+            for query in range(0, num_tokens, step):
+                yield _Piece(entry, entry + 1, query, min(query + step, num_tokens))
     else:
         step = max(1, sizes.batch_scores // num_scores)
+        # Whole documents if one fits, so that rows can be written as stretches of tokens.
+        step = step // num_kv_heads * num_kv_heads or step
         for entry in range(0, key_set.batch, step):
-            yield _Piece(entry, min(entry + step, key_set.batch), 0, tile.num_tokens)
+            yield _Piece(entry, min(entry + step, key_set.batch), 0, num_tokens)
 
 
 class _Workspace:
@@ -95,10 +102,10 @@ class _Workspace:
             buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def gather(self, name: str, source: Tensor, rows: Tensor) -> Tensor:
+    def gather(self, name: str, source: Tensor, rows: Rows) -> Tensor:
         """source[rows], [rows, columns]."""
-        out = self.get(name, rows.shape[0], source.shape[1], dtype=source.dtype)
-        return torch.index_select(source, 0, rows, out=out)
+        out = self.get(name, len(rows.index), source.shape[1], dtype=source.dtype)
+        return rows.gather(source, out)
 
     def hiding(self, size: int) -> Tensor:
         """[size + 1, size]: row i is 0 for i columns, then -inf."""
@@ -115,22 +122,42 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scores(
-    space: _Workspace, q: Tensor, keys: Tensor, tile: QueryTile, piece: _Piece, groups: int
+    space: _Workspace,
+    kept: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    tile: QueryTile,
+    piece: _Piece,
+    groups: int,
 ) -> Tensor:
-    """q k^T / sqrt(H), hidden keys at -inf: [batch, queries * G, width]."""
-    scores = space.get("scores", piece.batch, piece.num_queries * groups, tile.width)
+    """q k^T / sqrt(H), hidden keys at -inf: [batch, queries * G, width]; in `kept` if so."""
+    if tile.kept is None:
+        scores = space.get("scores", piece.batch, piece.num_queries * groups, tile.width)
+    else:
+        scores = _kept(kept, tile, piece, groups)
     scores.baddbmm_(q, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     if tile.seen is not None:
         table = space.hiding(tile.masked)
-        hidden = space.gather("hidden", table, piece.take(tile.seen, tile))
+        seen = piece.seen(tile)
+        hidden = space.get("hidden", len(seen), tile.masked, dtype=table.dtype)
+        torch.index_select(table, 0, seen, out=hidden)
         last = scores[..., tile.width - tile.masked :]
         last = last.view(piece.batch, piece.num_queries, groups, tile.masked)
         last.add_(hidden.view(piece.batch, piece.num_queries, 1, tile.masked))
     return scores
 
 
+def _kept(kept: Tensor, tile: QueryTile, piece: _Piece, groups: int) -> Tensor:
+    """The piece's part of what is kept for backward: [batch, queries * G, width]."""
+    assert tile.kept is not None, "the tile's probabilities are kept"
+    row = piece.start * tile.rows.num_tokens + piece.first_query
+    start = (tile.kept + row * tile.width) * groups
+    shape = (piece.batch, piece.num_queries * groups, tile.width)
+    return kept[start : start + prod(shape)].view(shape)
+
+
 def _softmax_(scores: Tensor) -> Tensor:
-    """In place, over the last dim; returns its largest values and those of the scores."""
+    """In place, over the last dim; returns its argument."""
     if scores.shape[-1] > _NARROW:
         return torch.softmax(scores, -1, out=scores)
     scores.sub_(scores.amax(-1, keepdim=True)).exp_()
@@ -182,10 +209,10 @@ class _KeyGradient:
             factors = (rows.transpose(1, 2), weights)
             _accumulate_(self._space, part[..., :width], *factors, scale, fresh)
 
-    def add_to(self, total: Tensor, rows: Tensor) -> None:
+    def add_to(self, total: Tensor, rows: Rows) -> None:
         """total[rows] += the gradient."""
         keys_first = self._sum if self._few else self._sum.transpose(1, 2)
-        total.index_add_(0, rows, keys_first.reshape(-1, total.shape[1]))
+        rows.add(total, keys_first.reshape(-1, total.shape[1]))
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -199,41 +226,43 @@ class _TiledAttention(torch.autograd.Function):
         q_rows = q.reshape(-1, groups * head_dim)
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
         out = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
-        out.index_fill_(0, plan.second_only, 0)
+        out.index_fill_(0, plan.second_only.index, 0)
         lse = q.new_full((out.shape[0], groups), float("-inf"), dtype=_wide(q.dtype))
         # Share of a query's first range in its probability; that of the second is the rest.
         share = torch.ones_like(lse)
+        kept = q.new_empty(plan.num_kept * groups)
         for key_set in plan.key_sets:
             shape = (key_set.batch, key_set.extent, head_dim)
             keys = space.gather("keys", k_rows, key_set.rows).view(shape)
             values = space.gather("values", v_rows, key_set.rows).view(shape)
             for tile in key_set.tiles:
                 for piece in _pieces(key_set, tile, groups, sizes):
-                    rows, entries = piece.take(tile.rows, tile), slice(piece.start, piece.end)
+                    rows, entries = piece.rows(tile), slice(piece.start, piece.end)
                     queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
                     visible = keys[entries, : tile.width]
-                    probabilities = _scores(space, queries, visible, tile, piece, groups)
+                    probabilities = _scores(space, kept, queries, visible, tile, piece, groups)
                     part_lse = _softmax_and_lse_(probabilities).view(-1, groups)
                     part = space.get("out", *queries.shape)
                     torch.bmm(probabilities, values[entries, : tile.width], out=part)
                     if key_set.second:
-                        part_share = torch.sigmoid(lse.index_select(0, rows) - part_lse)
-                        share.index_copy_(0, rows, part_share)
+                        first_lse = space.gather("lse", lse, rows)
+                        part_share = torch.sigmoid(first_lse.sub_(part_lse))
+                        rows.put(share, part_share)
                         first = space.gather("q", out, rows).view(-1, groups, head_dim)
                         weight = part_share.to(q.dtype).unsqueeze(-1)
                         part = part.view(first.shape).lerp_(first, weight)
                     else:
-                        lse.index_copy_(0, rows, part_lse)
-                    out.index_copy_(0, rows, part.view(rows.shape[0], -1))
+                        rows.put(lse, part_lse)
+                    rows.put(out, part.view(len(rows.index), -1))
         out = out.view(q.shape)
-        ctx.save_for_backward(q, k, v, out, share)
+        ctx.save_for_backward(q, k, v, out, share, kept)
         ctx.plan, ctx.sizes = plan, sizes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, share = ctx.saved_tensors
+        q, k, v, out, share, kept = ctx.saved_tensors
         num_kv_heads, head_dim = k.shape[1:]
         groups, scale = q.shape[1] // num_kv_heads, head_dim**-0.5
         space = _Workspace(q)
@@ -241,7 +270,7 @@ class _TiledAttention(torch.autograd.Function):
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
         delta = _row_products(out, grad_out).view(share.shape)
         grad_q = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
-        grad_q.index_fill_(0, ctx.plan.second_only, 0)
+        grad_q.index_fill_(0, ctx.plan.second_only.index, 0)
         grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(q.dtype)) for x in (k_rows, v_rows))
         for key_set in ctx.plan.key_sets:
             shape = (key_set.batch, key_set.extent, head_dim)
@@ -251,32 +280,36 @@ class _TiledAttention(torch.autograd.Function):
             sum_v = _KeyGradient(space, "sum_v", key_set, grad_v)
             for number, tile in enumerate(key_set.tiles):
                 for piece in _pieces(key_set, tile, groups, ctx.sizes):
-                    rows, entries = piece.take(tile.rows, tile), slice(piece.start, piece.end)
+                    rows, entries = piece.rows(tile), slice(piece.start, piece.end)
                     # The first tile covers all keys, so it need not find zeros in the sums.
                     fresh = number == 0 and piece.first_query == 0
                     queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
                     visible = keys[entries, : tile.width]
-                    probabilities = _scores(space, queries, visible, tile, piece, groups)
-                    _softmax_(probabilities)
+                    if tile.kept is None:
+                        probabilities = _softmax_(
+                            _scores(space, kept, queries, visible, tile, piece, groups)
+                        )
+                    else:
+                        probabilities = _kept(kept, tile, piece, groups)
                     # With s the share of this range, and P its own probabilities, the gradient
                     # of the scores is P * (s * grad_P - s * delta): s goes into the small factors.
-                    part_share = share.index_select(0, rows)
+                    part_share = space.gather("share", share, rows)
                     part_share = 1 - part_share if key_set.second else part_share
                     upstream = space.gather("upstream", upstream_rows, rows)
                     upstream.view(-1, groups, head_dim).mul_(part_share.to(q.dtype).unsqueeze(-1))
                     upstream = upstream.view(queries.shape)
-                    part_delta = (delta.index_select(0, rows) * part_share).to(q.dtype)
+                    part_delta = space.gather("delta", delta, rows).mul_(part_share).to(q.dtype)
                     sum_v.add(probabilities, upstream, piece, scale=1.0, fresh=fresh)
                     grad_s = space.get("grad_scores", *probabilities.shape)
                     torch.bmm(upstream, values[entries, : tile.width].transpose(1, 2), out=grad_s)
                     grad_s.sub_(part_delta.view(piece.batch, -1, 1)).mul_(probabilities)
                     sum_k.add(grad_s, queries, piece, scale=scale, fresh=fresh)
                     part = upstream.baddbmm_(grad_s, visible, beta=0, alpha=scale)
-                    part = part.view(rows.shape[0], -1)
+                    part = part.view(len(rows.index), -1)
                     if key_set.second:
-                        grad_q.index_add_(0, rows, part)
+                        rows.add(grad_q, part)
                     else:
-                        grad_q.index_copy_(0, rows, part)
+                        rows.put(grad_q, part)
             sum_k.add_to(grad_k, key_set.rows)
             sum_v.add_to(grad_v, key_set.rows)
         grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))

@@ -20,8 +20,9 @@ from sdar_kernels.tile_runs import make_key_tiles, make_query_tiles
 from sdar_kernels.triton_configs import attention_config
 from torch.nn.attention.flex_attention import create_block_mask
 
-# The GPU whose tile sizes the Triton plan is counted with.
+# The GPU whose tile sizes the Triton plan is counted with, and the heads of SDAR 4B and 8B.
 _ARCHITECTURE = "sm_90"
+SDAR_HEADS = HeadLayout(32, 8, 128)
 
 
 @dataclass(frozen=True)

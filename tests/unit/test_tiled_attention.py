@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sdar_kernels import reference, tiled_attention
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.self_check import document_intervals
-from sdar_kernels.tile_groups import TileSizes
+from sdar_kernels.tile_groups import TileSizes, make_tile_plan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,8 +20,8 @@ from unit.intervals import random_intervals
 from unit.packings import concatenated, random_packing
 
 # Cuts everything that can be cut: tiles, batches of documents and blocks, and rows of a tile.
-SMALL = TileSizes(3, 5, 16, batch_keys=8, batch_scores=64, row_scores=600)
-LARGE = TileSizes(64, 128, 48, batch_keys=4096)
+SMALL = TileSizes(3, 5, 16, batch_keys=8, batch_scores=64, row_scores=600, kept_keys=7)
+LARGE = TileSizes(64, 128, 48, batch_keys=4096, kept_keys=0)
 HEADS = [(1, 1, 4), (4, 1, 8), (4, 2, 8), (6, 3, 2), (2, 2, 16)]
 
 any_sizes = st.sampled_from([TileSizes(), SMALL, LARGE])
@@ -271,4 +271,8 @@ def test_what_is_kept_for_backward_is_linear_in_the_tokens() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tiled_attention.tiled_attention(q.requires_grad_(), k, v, mask)
-    assert sorted(saved) == sorted([q.numel(), q.numel(), k.numel(), v.numel(), 1024 * 4])
+    # q, k, v, out, a share per query and head, and the probabilities of narrow tiles.
+    plan = mask.plan(make_tile_plan, 2, TileSizes())
+    kept = plan.num_kept * 2
+    assert saved == [q.numel(), k.numel(), v.numel(), q.numel(), 1024 * 4, kept]
+    assert 0 < kept <= 1024 * 4 * TileSizes().kept_keys
