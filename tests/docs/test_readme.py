@@ -232,6 +232,37 @@ def figures_were_written(checkout: Path, result: Result) -> None:
     assert "tokenize_vs_raw" in result.stdout
 
 
+def attention_was_measured(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/attention.json").read_text())
+    assert figures["speedup_vs_dense_1doc"] > 0
+    assert figures["waste_128_1024"] <= 1.25
+    assert figures["waste_256_2048"] <= 1.12
+    assert figures["waste_long"] <= 1.02
+    assert "dense SDPA" in result.stdout
+    assert (checkout / "demo/attention.png").stat().st_size > 1000
+
+
+def loss_was_measured(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/loss.json").read_text())
+    assert 0 < figures["memory_ratio"] < 1
+    assert "peak memory" in result.stdout
+
+
+def kernels_were_compiled(checkout: Path, result: Result) -> None:
+    del checkout
+    assert re.search(r"swiglu backward bf16 +. sm_90", result.stdout)
+    assert "1 architecture" in result.stdout
+    assert "no spills" in result.stdout
+
+
+def mask_was_drawn(checkout: Path, result: Result) -> None:
+    del result
+    drawn = (checkout / "demo/mask.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) > 10_000
+    assert (checkout / "docs/mask.png").exists(), "DESIGN.md shows it"
+
+
 def keys_are_listed(checkout: Path, result: Result) -> None:
     del checkout
     assert result.stdout.startswith("usage: torchrun")
@@ -305,6 +336,10 @@ EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "--shard 1/2": second_shard_was_built,
     "--merge 2": shards_became_one,
     "tools/benchmark.py data": figures_were_written,
+    "tools/benchmark.py attention": attention_was_measured,
+    "tools/benchmark.py loss": loss_was_measured,
+    "tools/compile_kernels.py": kernels_were_compiled,
+    "tools/draw_mask.py": mask_was_drawn,
     "pretrain_sdar.py --help": keys_are_listed,
     "torchrun ": four_steps_were_trained,
     "overwrite_output_dir=false": run_was_resumed,
