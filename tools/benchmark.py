@@ -142,6 +142,8 @@ def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def _attention(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     num_heads, num_kv_heads, head_dim = args.heads
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
     if num_heads % num_kv_heads:
         raise ValueError(f"--heads: {num_heads} query heads do not divide by {num_kv_heads}")
     options = AttentionOptions(

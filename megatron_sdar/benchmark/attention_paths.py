@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 DENSE, PER_DOCUMENT = "dense SDPA", "per-document SDPA"
-_OWN = {"cpu": ("tiled",), "cuda": ("flex", "triton")}
+_OWN = {"cpu": ("tiled", "flex"), "cuda": ("flex", "triton")}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

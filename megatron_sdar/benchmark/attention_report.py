@@ -72,5 +72,8 @@ def plot_attention(figures: AttentionFigures, path: Path) -> None:
         axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
         axes.set(xlabel="ms, forward + backward", title=f"{documents} document(s)")
         axes.invert_yaxis()
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
+        limit = entries[0].milliseconds * entries[0].limit_share
+        axes.axvline(limit, color="black", linestyle="--", label=f"limit {limit:,.0f}")
+        axes.legend(loc="upper right")
     chart.savefig(path, dpi=150)
