@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from interpreted import run_interpreted
+from sdar_kernels import triton_configs
 from sdar_kernels.attention_backend import choose_backend
 from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_configs import (
@@ -12,7 +15,10 @@ from sdar_kernels.triton_configs import (
     HEAD_DIMS,
     MAX_HEAD_DIM_FP32,
     attention_config,
+    default_config,
+    listed_architecture,
     padded_head_dim,
+    why_no_config,
 )
 
 HEADS = HeadLayout(4, 2, 16)
@@ -46,3 +52,40 @@ def test_there_is_a_configuration_for_every_head_size_and_dtype(arch: str) -> No
 )
 def test_heads_are_padded_to_powers_of_two(head_dim: int, padded: int) -> None:
     assert padded_head_dim(head_dim) == padded
+
+
+@pytest.mark.parametrize(
+    ("arch", "listed"),
+    [
+        ("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"), ("sm_75", None), ("gfx942", "gfx942"), ("gfx950", "gfx942"),
+        ("gfx1100", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_takes_the_newest_listed_form_that_suits_it(arch: str, listed: str | None) -> None:
+    device = torch.device("cuda")
+    with mock.patch.object(triton_configs, "device_architecture", return_value=arch):
+        assert listed_architecture(device) == listed
+        problem = why_no_config(device, HeadLayout(32, 8, 128), torch.bfloat16)
+        if listed is None:
+            assert problem == f"no configuration for {arch}"
+        else:
+            assert problem is None
+            config = default_config(device, 128, torch.bfloat16)
+            assert config == attention_config(listed, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "said"),
+    [
+        (HeadLayout(8, 4, 320), torch.bfloat16, "head_dim 320 is above 256"),
+        (HeadLayout(64, 2, 64), torch.bfloat16, "32 query heads share a key head"),
+        (HeadLayout(8, 4, 64), torch.float64, "no fp64 form on a GPU"),
+        (HeadLayout(8, 4, 256), torch.float32, "no fp32 form above head_dim 128"),
+    ],
+)
+def test_what_has_no_form_says_so(heads: HeadLayout, dtype: torch.dtype, said: str) -> None:
+    with mock.patch.object(triton_configs, "device_architecture", return_value="sm_90"):
+        problem = why_no_config(torch.device("cuda"), heads, dtype)
+    assert problem is not None
+    assert said in problem
