@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from sdar_kernels.attention import block_diffusion_attention
@@ -22,6 +21,8 @@ from sdar_kernels.reference import dense_mask
 from sdar_kernels.self_check import document_intervals
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sdar.benchmark.resident_memory import resident_mb
 
 DENSE, PER_DOCUMENT = "dense SDPA", "per-document SDPA"
 _OWN = {"cpu": ("tiled", "flex"), "cuda": ("flex", "triton")}
@@ -174,14 +175,6 @@ def _process_peak_mb(name: str, problem: AttentionProblem) -> float:
     tiny = replace(problem, documents=(2 * problem.block_length,))
     forward_and_backward(make_path(name, tiny), tiny.inputs())
     inputs = problem.inputs()
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     forward_and_backward(make_path(name, problem), inputs)
-    return _resident_mb("VmHWM") - before
-
-
-def _resident_mb(field: str) -> float:
-    """VmRSS: resident now; VmHWM: the most so far. Unlike ru_maxrss, not the parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(f"the kernel reports {field}")
+    return resident_mb("VmHWM") - before

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,6 +20,8 @@ from rich.table import Table
 from sdar_kernels.linear_cross_entropy import linear_cross_entropy
 from sdar_kernels.reference import weighted_cross_entropy
 from torch import Tensor
+
+from megatron_sdar.benchmark.resident_memory import resident_mb
 
 _FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": weighted_cross_entropy,
@@ -95,17 +96,9 @@ def _peak_mb(name: str, size: LinearCrossEntropySize, num_threads: int) -> float
     torch.set_num_threads(num_threads)
     _run(name, _inputs(LinearCrossEntropySize(64, 16, 128, size.dtype)))
     inputs = _inputs(size)
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     _run(name, inputs)
-    return _resident_mb("VmHWM") - before
-
-
-def _resident_mb(field: str) -> float:
-    """VmRSS: resident now; VmHWM: the most so far. Unlike ru_maxrss, not the parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(f"the kernel reports {field}")
+    return resident_mb("VmHWM") - before
 
 
 def _inputs(size: LinearCrossEntropySize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
