@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about two minutes
+demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about 90 seconds
 	$(PY) tools/make_demo_data.py --output-dir demo/data
 	$(PY) tools/preprocess_data.py --input demo/data/train.jsonl --tokenizer demo/data/model \
 	    --output-prefix demo/data/arithmetic --overwrite
