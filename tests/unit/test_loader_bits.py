@@ -66,7 +66,8 @@ def plain_row(
         input_ids=np.array(input_ids + [PAD_ID] * (length - end), dtype=np.int64),
         position_ids=np.array(positions + [0] * (length - end), dtype=np.int64),
         key_intervals=np.array(
-            intervals + [[place, place + 1, 0, 0] for place in range(end, length)], dtype=np.int32
+            intervals + [[end, end, place, place + 1] for place in range(end, length)],
+            dtype=np.int32,
         ),
         segment_starts=np.array(segments, dtype=np.int64),
         loss_positions=np.array(loss, dtype=np.int64),
