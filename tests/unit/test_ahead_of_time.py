@@ -172,13 +172,18 @@ def test_spills_are_seen_on_amd(tmp_path: Path) -> None:
 # What is shipped.
 
 
-def test_the_kernels_for_sdar_can_be_shipped() -> None:
+def test_the_kernels_for_sdar_can_be_shipped(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
     result = run(
-        "tools/compile_kernels.py", "--kernel", "bf16 d128 g4",
+        "tools/compile_kernels.py", "--kernel", "bf16 d128 g4", "--json", str(path),
         *(f"--arch={arch}" for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "15 configurations, 5 architectures: no spills" in result.stdout
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        report = kernels_of(result, path)["attention_forward bf16 d128 g4", arch]["report"]
+        full, masked = report["loops"]
+        assert masked["instructions"] <= 1.7 * full["instructions"], arch
 
 
 @pytest.mark.slow
