@@ -177,8 +177,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise and the denominator of the loss."""
+    """The noise, what of it is computed, and the denominator of the loss."""
 
+    semantics: str = _key(
+        "exact: what cannot change the gradient is left out (noisy blocks without a masked token, "
+        "clean blocks after a document's last kept one, last-layer work beyond masked tokens) and "
+        "rows are packed by what is left; paper: every document in two whole copies",
+        "exact",
+        choices=("exact", "paper"),
+    )
+    noisy_views: int = _key(
+        "noisy copies of a document that share its clean copy; each counts as a sample",
+        1,
+        minimum=1,
+    )
+    complementary_views: bool = _key(
+        "every second noisy view masks exactly what the view before it left", False
+    )
     noise_eps: float = _key(
         "least masking probability: p = (1 - eps) t + eps", 1e-3, above=0, below=1
     )

@@ -76,6 +76,7 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"cutoff_len={data.cutoff_len} is not a multiple of block_length={block}; use {fits}"
         )
 
+    yield from _views(config)
     if data.cutoff_len > architecture.max_position_embeddings:
         yield (
             f"cutoff_len={data.cutoff_len} exceeds the model's max_position_embeddings="
@@ -92,6 +93,14 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"mask_token_id={mask} is outside the vocabulary of {vocab}; "
             f"raise vocab_size in config.json to at least {mask + 1}"
         )
+
+
+def _views(config: SdarConfig) -> Iterator[str]:
+    views = config.diffusion.noisy_views
+    if config.diffusion.semantics == "paper" and views > 1:
+        yield f"noisy_views={views} needs semantics=exact; the paper has one noisy copy"
+    if config.diffusion.complementary_views and views < 2:
+        yield f"complementary_views needs at least two views, found noisy_views={views}; use 2"
 
 
 def _mixture(config: SdarConfig) -> Iterator[str]:
@@ -178,10 +187,11 @@ def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator
                 f"set make_vocab_size_divisible_by: {lcm(divisor, tp)}"
             )
     rows, cutoff = config.training.per_device_train_batch_size, config.data.cutoff_len
-    if parallel.sequence_parallel and (2 * cutoff * rows) % tp:
+    copies = 1 + config.diffusion.noisy_views
+    if parallel.sequence_parallel and (copies * cutoff * rows) % tp:
         yield (
-            f"with sequence_parallel the 2 * cutoff_len * per_device_train_batch_size = "
-            f"{2 * cutoff * rows} positions must divide by tensor_model_parallel_size={tp}; "
+            f"with sequence_parallel the {copies} * cutoff_len * per_device_train_batch_size = "
+            f"{copies * cutoff * rows} positions must divide by tensor_model_parallel_size={tp}; "
             f"make cutoff_len a multiple of {tp} or set sequence_parallel: false"
         )
 

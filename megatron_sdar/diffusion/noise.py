@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 UNIFORM_SCALE = 2.0**-53
 
 # First word of a counter stream: what it is drawn for.
-NOISE_STREAM, ORDER_STREAM, SPLIT_STREAM, CHOICE_STREAM = range(4)
+NOISE_STREAM, ORDER_STREAM, SPLIT_STREAM, CHOICE_STREAM, GROUP_STREAM = range(5)
 _PIECE_SHIFT = 32
 
 
@@ -112,6 +112,7 @@ def draw_noises(
     lengths: Sequence[int],
     maskable: NDArray[np.bool_],
     eps: float,
+    highest: float = 1.0,
 ) -> list[NoiseDraw]:
     """Per document: draw t ~ U[0, 1), p = (1 - eps) t + eps, mask each maskable token with p.
 
@@ -122,6 +123,7 @@ def draw_noises(
         lengths: tokens of each.
         maskable: bool [sum of lengths]; prompt tokens are False and stay clean.
         eps: smallest masking probability (published: 1e-3).
+        highest: largest masking probability (published: 1): p = (highest - eps) t + eps.
 
     Formula: BD3-LM's linear schedule as SDAR's published training code applies it, one t per
     document (and per piece).
@@ -132,7 +134,7 @@ def draw_noises(
         for document_id, piece, length in zip(document_ids, pieces, lengths, strict=True)
     ]
     t = to_uniforms(np.array([each[0] for each in words]))
-    mask_probs = (1.0 - eps) * t + eps
+    mask_probs = (highest - eps) * t + eps
     levels = to_uniforms(np.concatenate([each[1:] for each in words]))
     masked = maskable & (levels < np.repeat(mask_probs, lengths))
     ends = np.cumsum(lengths).tolist()
@@ -140,6 +142,45 @@ def draw_noises(
         NoiseDraw(mask_prob, masked[end - length : end])
         for mask_prob, length, end in zip(mask_probs.tolist(), lengths, ends, strict=True)
     ]
+
+
+def draw_views(
+    key: NoiseKey,
+    document_ids: Sequence[int],
+    pieces: Sequence[int],
+    lengths: Sequence[int],
+    maskable: NDArray[np.bool_],
+    eps: float,
+    num_views: int = 1,
+    complementary: bool = False,
+) -> list[tuple[NoiseDraw, ...]]:
+    """Per document its noisy views: independent draws, or pairs that mask each token once.
+
+    Args:
+        key: of the first view; the others count on from it.
+        document_ids, pieces, lengths, maskable, eps: as in `draw_noises`.
+        num_views: K.
+        complementary: view 2j + 1 masks exactly the maskable tokens that view 2j left, with
+            probability 1 - p. Both are weighted by their own probability, so p is drawn from
+            [eps, 1 - eps] there. With an odd K the last view stands alone.
+    """
+    drawn: list[list[NoiseDraw]] = []
+    for view in range(num_views):
+        if complementary and view % 2:
+            drawn.append([])
+            continue
+        paired = complementary and view + 1 < num_views
+        view_key = NoiseKey(key.seed, key.epoch, key.view + view)
+        highest = 1.0 - eps if paired else 1.0
+        drawn.append(draw_noises(view_key, document_ids, pieces, lengths, maskable, eps, highest))
+    ends = np.cumsum(lengths).tolist()
+    for view in range(1, num_views, 2):
+        if complementary:
+            drawn[view] = [
+                NoiseDraw(1.0 - draw.mask_prob, maskable[end - length : end] & ~draw.masked)
+                for draw, length, end in zip(drawn[view - 1], lengths, ends, strict=True)
+            ]
+    return list(zip(*drawn, strict=True))
 
 
 def _noise_stream(key: NoiseKey, document_id: int, piece: int) -> tuple[int, int, int]:

@@ -57,7 +57,8 @@ class Row:
         loss_positions: int64 [M], indices of masked noisy tokens on the token axis.
         target_ids: int64 [M], the clean token of each.
         loss_weights: float64 [M], 1/p.
-        num_label_tokens: label tokens of the documents, masked or not (the denominator).
+        num_label_tokens: label tokens of the documents, masked or not, once per noisy view: the
+            denominator.
         num_padding: padding tokens at the end.
     """
 
@@ -129,7 +130,10 @@ def build_row(
         token_weights(view.noise.mask_prob, count)
         for view, count in zip(views, counts.tolist(), strict=True)
     ]
-    labels = _join([document.labels for document in documents], np.int32)
+    num_label_tokens = sum(
+        len(document.views) * int(np.count_nonzero(document.labels != IGNORED_LABEL))
+        for document in documents
+    )
     padding = [end] if end < row_length else []
     return Row(
         input_ids=input_ids,
@@ -139,7 +143,7 @@ def build_row(
         loss_positions=loss_positions,
         target_ids=target_ids,
         loss_weights=_join(weights, np.float64),
-        num_label_tokens=int(np.count_nonzero(labels != IGNORED_LABEL)),
+        num_label_tokens=num_label_tokens,
         num_padding=row_length - end,
     )
 

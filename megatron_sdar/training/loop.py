@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
@@ -30,7 +33,7 @@ from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize
 from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
 from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_world
 from megatron_sdar.training.data import (
     describe_pack,
     make_loader,
@@ -59,12 +62,19 @@ class Interval:
         self.label_tokens += result.label_tokens
 
 
-def total_steps(config: SdarConfig, loader: RowLoader) -> int:
-    """max_steps, or the steps that num_train_epochs passes take, rounded up."""
+def total_steps(config: SdarConfig, loader: RowLoader, mesh: ParallelMesh) -> int:
+    """max_steps, or the steps that num_train_epochs passes take, rounded up.
+
+    The noise of all epochs decides how many rows they become, so every rank counts a part.
+
+    Collective: all_reduce (world) unless max_steps is given.
+    """
     if config.training.max_steps > 0:
         return config.training.max_steps
-    rows = config.training.num_train_epochs * loader.num_rows
-    return max(1, math.ceil(rows / loader.rows_per_step))
+    epochs, rank = config.training.num_train_epochs, dist.get_rank()
+    share = loader.count_rows(epochs, rank, dist.get_world_size())
+    rows = float(sum_over_world(torch.tensor(share, dtype=torch.float64, device=mesh.device)))
+    return max(1, math.ceil(round(rows / loader.rows_per_step, 6)))
 
 
 def steps_between(value: float, total: int) -> int:
@@ -115,7 +125,7 @@ class TrainingRun:
         step = make_step(self.config, self.arch, self.mesh, stages)
         if resume is not None:
             self._resume(resume, step, loader)
-        total = total_steps(self.config, loader)
+        total = total_steps(self.config, loader, self.mesh)
         self.say(self._describe(loader, total))
         try:
             last_checkpoint = self._train(step, loader, total, resume)
@@ -230,7 +240,7 @@ class TrainingRun:
         self, result: StepResult, lr: float, loader: RowLoader, seconds: float, waiting: float
     ) -> StepRecord:
         steps = self.interval.steps
-        positions = 2 * self.config.data.cutoff_len * loader.rows_per_step * steps
+        positions = loader.row_length * loader.rows_per_step * steps
         return StepRecord(
             step=self.done,
             loss=self.interval.loss / steps,
@@ -274,13 +284,20 @@ class TrainingRun:
 
     def _describe(self, loader: RowLoader, total: int) -> str:
         mesh, parallel = self.mesh, self.config.parallel
-        return (
+        rows = total * loader.rows_per_step
+        lines = [
             f"layout: tp {mesh.tp_size} x pp {mesh.pp_size} x dp {mesh.dp_size}"
             f" (vpp {parallel.virtual_pipeline_model_parallel_size},"
             f" {parallel.data_parallel_sharding_strategy}); "
-            f"{loader.rows_per_step} rows per step, {total} steps, "
-            f"{total * loader.rows_per_step / loader.num_rows:.2f} epochs"
-        )
+            f"{loader.rows_per_step} rows of {loader.row_length} tokens per step, {total} steps, "
+            f"{rows * loader.packed_rows_per_row / loader.num_rows:.2f} epochs"
+        ]
+        if loader.grouped is not None:
+            lines.append(
+                f"exact savings: {loader.packed_rows_per_row:.2f} rows of "
+                f"{self.config.data.cutoff_len} document tokens fit in one (semantics: paper takes 1)"
+            )
+        return "\n".join(lines)
 
     def _summary(self, total: int, seconds: float, checkpoint: Path) -> str:
         losses = "nothing was left to train"

@@ -101,7 +101,9 @@ def test_loss_is_at_every_masked_token_of_a_kept_block_and_nowhere_else(packing:
 def test_the_denominator_counts_labels_masked_or_not_and_dropped_blocks_too(
     packing: Packing,
 ) -> None:
-    expected = sum(int((document.labels != -100).sum()) for document in packing.documents)
+    expected = sum(
+        len(document.views) * int((document.labels != -100).sum()) for document in packing.documents
+    )
     assert packing.row.num_label_tokens == expected
 
 

@@ -1,12 +1,14 @@
 """Rows in training order, dealt out to data-parallel ranks.
 
 A step takes the next `rows_per_step` rows of the stream whatever the layout, so the only state
-is how many rows were taken (and which stream it was). Steps are built ahead by a thread or by
-worker processes, which changes nothing but the time that `next_step` takes.
+is how many rows were taken, where the group of rows that is being taken began, and which stream
+it was. Steps are built ahead by a thread or by worker processes, which changes nothing but the
+time that `next_step` takes.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +18,15 @@ from numpy.typing import NDArray
 
 from megatron_sdar.data.loading.blend import BlendSchedule
 from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.grouped_stream import GroupedStream, GroupStart
 from megatron_sdar.data.loading.packing import PackedIndex
 from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
-from megatron_sdar.data.loading.row_workers import ProcessesAhead, StepsAhead, ThreadAhead
+from megatron_sdar.data.loading.row_workers import (
+    BuiltStep,
+    ProcessesAhead,
+    StepsAhead,
+    ThreadAhead,
+)
 from megatron_sdar.diffusion.rows import Row, concatenate_rows
 
 __all__ = ["BlendSchedule", "DocumentStore", "RowLoader", "RowOptions", "RowPart", "RowStream"]
@@ -36,6 +44,8 @@ class RowLoader:
         dp_rank, dp_size: whose rows; micro-batch m of rank r takes the (m * dp_size + r)-th
             group of rows of the step.
         schedule: weights of a blend.
+        repack: with semantics exact, pack documents again by what their noise leaves; False
+            leaves every packed row's documents together.
         num_workers: processes that build steps ahead (dataloader_num_workers).
         prefetch: with 0 workers, build the next step in a thread while the current one computes.
 
@@ -58,6 +68,7 @@ class RowLoader:
         dp_rank: int,
         dp_size: int,
         schedule: BlendSchedule | None = None,
+        repack: bool = True,
         num_workers: int = 0,
         prefetch: bool = False,
     ) -> None:
@@ -65,6 +76,11 @@ class RowLoader:
         indexes = [index] if isinstance(index, PackedIndex) else index
         parts = [RowPart(*part) for part in zip(stores, indexes, strict=True)]
         self.stream = RowStream(parts, options, schedule)
+        self.grouped = None
+        if options.semantics == "exact":
+            self.grouped = GroupedStream(self.stream, repack=repack)
+        self._group: GroupStart | None = None
+        self._source_rows = 0.0
         self.rows_per_micro_batch = rows_per_micro_batch
         self.num_micro_batches = num_micro_batches
         self.dp_rank = dp_rank
@@ -73,14 +89,37 @@ class RowLoader:
         self.wait_seconds = 0.0
         self._ahead: StepsAhead | None = None
         if num_workers:
-            self._ahead = ProcessesAhead(self.step_at, self.rows_per_step, num_workers)
+            self._ahead = ProcessesAhead(self._build, self.rows_per_step, num_workers)
         elif prefetch:
-            self._ahead = ThreadAhead(self.step_at, self.rows_per_step)
+            self._ahead = ThreadAhead(self._build, self.rows_per_step)
 
     @property
     def num_rows(self) -> int:
-        """Rows of one epoch."""
+        """Packed rows of one epoch; with semantics exact fewer rows are made of them."""
         return self.stream.num_rows
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row."""
+        if self.grouped is None:
+            return 2 * self.stream.options.cutoff_len
+        return self.grouped.row_length
+
+    @property
+    def packed_rows_per_row(self) -> float:
+        """How many packed rows a row stands for, measured on the first group."""
+        if self.grouped is None:
+            return 1.0
+        return self.grouped.first_group_saving()
+
+    def count_rows(self, epochs: float, worker: int = 0, num_workers: int = 1) -> float:
+        """This worker's share of the rows of this many epochs, see `GroupedStream.count_rows`.
+
+        Without a count by noise (semantics paper) worker 0 has all of it.
+        """
+        if self.grouped is None:
+            return epochs * self.num_rows if worker == 0 else 0.0
+        return self.grouped.count_rows(math.ceil(epochs * self.num_rows), worker, num_workers)
 
     @property
     def rows_per_step(self) -> int:
@@ -90,11 +129,16 @@ class RowLoader:
     @property
     def epoch(self) -> float:
         """Passes over the data so far; of a blend, rows taken over rows of all its datasets."""
-        return self.position / self.num_rows
+        return self._source_rows / self.num_rows
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: JSON, a few hundred bytes."""
-        return {"rows_taken": self.position, "stream": self.stream.identity(self.position)}
+        return {
+            "rows_taken": self.position,
+            "packed_rows_taken": self._source_rows,
+            "group": None if self._group is None else self._group.to_json(),
+            "stream": self.stream.identity(self.position),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's position.
@@ -117,27 +161,43 @@ class RowLoader:
                 "model_name_or_path: the exported model)"
             )
         self.position = position
+        self._source_rows = float(state["packed_rows_taken"])
+        if self.grouped is not None and state["group"] is not None:
+            self._group = GroupStart.from_json(state["group"])
+            self.grouped.restart(self._group)
 
     def next_step(self) -> list[Row]:
         """This rank's micro-batches of the next step; advances the position."""
         started = time.perf_counter()
-        build = self.step_at if self._ahead is None else self._ahead.take
-        batches = build(self.position)
+        build = self._build if self._ahead is None else self._ahead.take
+        step = build(self.position)
         self.position += self.rows_per_step
+        self._group, self._source_rows = step.group, step.source_rows
         self.wait_seconds += time.perf_counter() - started
-        return batches
+        return step.micro_batches
 
     def step_at(self, position: int) -> list[Row]:
         """This rank's micro-batches of the step that begins after `position` rows."""
+        return self._build(position).micro_batches
+
+    def _build(self, position: int) -> BuiltStep:
+        # The step's first row, which all ranks pass, tells where a resumed run begins to look.
+        end, group, source_rows = position + self.rows_per_step, None, 0.0
+        if self.grouped is None:
+            source_rows = float(end)
+        else:
+            group = self.grouped.start_at(position)
+            source_rows = self.grouped.source_position(group, end)
+        row_at = self.stream.row_at if self.grouped is None else self.grouped.row_at
         size = self.rows_per_micro_batch
         batches = []
         for micro_batch in range(self.num_micro_batches):
             first = position + (micro_batch * self.dp_size + self.dp_rank) * size
-            batches.append(concatenate_rows([self.stream.row_at(first + i) for i in range(size)]))
-        return batches
+            batches.append(concatenate_rows([row_at(first + i) for i in range(size)]))
+        return BuiltStep(batches, group, source_rows)
 
     def make_row(self, document_ids: NDArray[np.int64], epoch: int) -> Row:
-        """One row of whole documents, see `RowStream.make_row`."""
+        """One row of whole documents as published, see `RowStream.make_row`."""
         return self.stream.make_row(document_ids, epoch)
 
     def close(self) -> None:

@@ -123,7 +123,7 @@ def pack_documents(
     elif published:
         row_offsets, order = pack_like_llamafactory(padded, capacity, num_workers=num_workers)
     else:
-        row_offsets, order = _pack(padded // block_length, capacity // block_length)
+        row_offsets, order = fill_rows(padded // block_length, capacity // block_length)
     num_cut = len(long) - int(dropped[long].sum()) if truncate_mode == "cut" else 0
     num_tokens = int(kept.sum())
     ids = order if items is None else items[order]
@@ -203,8 +203,13 @@ def _split(
     return items, pieces.astype(np.int32), np.minimum(sizes[items] - pieces * limit, limit)
 
 
-def _pack(sizes: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(row offsets, item order) of items of SIZES blocks; items of size 0 are left out."""
+def fill_rows(
+    sizes: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row offsets, item order) of items of SIZES blocks in as few rows of CAPACITY as it finds.
+
+    Row r holds the items order[offsets[r] : offsets[r + 1]]. Items of size 0 are left out.
+    """
     counts = np.bincount(sizes, minlength=capacity + 1)
     num_zero, counts[0] = int(counts[0]), 0
     patterns = fill_bins(counts, capacity)

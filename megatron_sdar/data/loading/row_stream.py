@@ -1,4 +1,4 @@
-"""The endless stream of rows, a pure function of the position.
+"""The endless stream of packed rows, a pure function of the position.
 
 One packed dataset gives the concatenation of one permutation per epoch, each keyed by (seed,
 epoch), so asking for more epochs changes nothing earlier. A blend deals positions to datasets
@@ -37,6 +37,9 @@ class RowOptions:
         noise_eps: smallest masking probability.
         seed: of noise and order.
         shuffle: False keeps rows in pack order in every epoch.
+        semantics: "exact": blocks without a part in the loss are left out and rows are packed by
+            what is left (grouped_stream); "paper": both copies whole.
+        num_views, complementary_views: noisy copies per document, see `noise.draw_views`.
     """
 
     cutoff_len: int
@@ -46,6 +49,9 @@ class RowOptions:
     noise_eps: float
     seed: int
     shuffle: bool = True
+    semantics: str = "paper"
+    num_views: int = 1
+    complementary_views: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,12 @@ class RowStream:
     def place(self, position: int) -> tuple[int, int, int]:
         """(part, its epoch, its row) at a position."""
         part, count = (0, position) if self.schedule is None else self.schedule.locate(position)
+        return (part, *self.row_of(part, count))
+
+    def row_of(self, part: int, count: int) -> tuple[int, int]:
+        """(epoch, row) of one part's row with this number, counted over all epochs."""
         epoch, place = divmod(count, len(self.parts[part].index))
-        return part, epoch, int(self._order(part, epoch)[place]) if self.options.shuffle else place
+        return epoch, int(self._order(part, epoch)[place]) if self.options.shuffle else place
 
     def row_at(self, position: int) -> Row:
         """The row at a position of the stream."""

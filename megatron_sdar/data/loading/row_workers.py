@@ -12,9 +12,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from megatron_sdar.data.loading.grouped_stream import GroupStart
 from megatron_sdar.diffusion.rows import Row
 
-Builder = Callable[[int], list[Row]]
+
+@dataclass(frozen=True)
+class BuiltStep:
+    """One step of one rank.
+
+    Attributes:
+        micro_batches: its rows.
+        group: where the group of the step's first row begins; None without groups.
+        source_rows: packed rows that all rows up to the end of the step stand for.
+    """
+
+    micro_batches: list[Row]
+    group: GroupStart | None
+    source_rows: float
+
+
+Builder = Callable[[int], BuiltStep]
 
 # Far beyond any training run, small enough for len() of a range.
 _ENDLESS = 2**62
@@ -24,7 +41,7 @@ _STEPS_PER_WORKER = 2
 class StepsAhead(Protocol):
     """Where the loader gets its steps from."""
 
-    def take(self, position: int) -> list[Row]:
+    def take(self, position: int) -> BuiltStep:
         """The step that begins at a position; the next one is begun."""
 
     def close(self) -> None:
@@ -38,9 +55,9 @@ class ThreadAhead:
         self._build = build
         self._rows_per_step = rows_per_step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
-        self._next: tuple[int, Future[list[Row]]] | None = None
+        self._next: tuple[int, Future[BuiltStep]] | None = None
 
-    def take(self, position: int) -> list[Row]:
+    def take(self, position: int) -> BuiltStep:
         if self._next is None or self._next[0] != position:
             self._next = (position, self._pool.submit(self._build, position))
         rows = self._next[1].result()
@@ -63,10 +80,10 @@ class ProcessesAhead:
         self._steps = _Steps(build)
         self._rows_per_step = rows_per_step
         self._num_workers = num_workers
-        self._iterator: Iterator[list[Row] | _Failure] | None = None
+        self._iterator: Iterator[BuiltStep | _Failure] | None = None
         self._position = 0
 
-    def take(self, position: int) -> list[Row]:
+    def take(self, position: int) -> BuiltStep:
         try:
             if self._iterator is None or position != self._position:
                 self.close()
@@ -89,7 +106,7 @@ class ProcessesAhead:
         # The iterator stops and joins its workers when it goes.
         self._iterator = None
 
-    def _start(self, position: int) -> Iterator[list[Row] | _Failure]:
+    def _start(self, position: int) -> Iterator[BuiltStep | _Failure]:
         # Imported here: whoever only reads or tokenises data starts without torch.
         import torch
         from torch.utils.data import DataLoader
@@ -100,7 +117,7 @@ class ProcessesAhead:
             sampler=range(position, _ENDLESS, self._rows_per_step),
             num_workers=self._num_workers,
             prefetch_factor=_STEPS_PER_WORKER,
-            collate_fn=_as_is,
+            collate_fn=cast(Any, _as_is),
             multiprocessing_context="fork",
             # Its own, since the default takes a number from torch's global generator.
             generator=torch.Generator(),
@@ -119,12 +136,12 @@ class _Steps:
     def __init__(self, build: Builder) -> None:
         self._build = build
 
-    def __getitem__(self, position: int) -> list[Row] | _Failure:
+    def __getitem__(self, position: int) -> BuiltStep | _Failure:
         try:
             return self._build(position)
         except ValueError as error:
             return _Failure(str(error))
 
 
-def _as_is(step: list[Row] | _Failure) -> list[Row] | _Failure:
+def _as_is(step: BuiltStep | _Failure) -> BuiltStep | _Failure:
     return step
