@@ -22,7 +22,12 @@ from megatron_sdar.benchmark.linear_cross_entropy import (
     measure_linear_cross_entropy,
     show_linear_cross_entropy,
 )
+from megatron_sdar.benchmark.step import measure_step
+from megatron_sdar.benchmark.step_data import read_corpus
+from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_report import plot_step, show_step
 from megatron_sdar.data.demo import make_demo_data
+from megatron_sdar.data.loading.packing import check_row_size
 
 _EXAMPLE = """\
 examples:
@@ -32,6 +37,22 @@ examples:
   python tools/benchmark.py attention --plot attention.png
   python tools/benchmark.py attention --dtype bfloat16 --length 8192 --heads 32 8 128
   python tools/benchmark.py loss --vocab 151936
+  python tools/benchmark.py step --quick              # does it run? 40 seconds
+  python tools/benchmark.py step --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \\
+      --json step.json --plot step.png                # half an hour on 2 cores
+"""
+_STEP_HELP = """\
+One optimizer step of a 42 M parameter model, in turn and on the same documents:
+
+  peer        transformers' Qwen3, rows [noisy | clean], dense mask, SDPA, torch's AdamW
+  paper       this trainer on the same whole copies
+  exact       this trainer on the blocks that the loss depends on, packed by what is left
+  exact bf16  the same with bf16 activations over fp32 weights
+  floor       time of exact's matrix products at the rate of one large product
+
+and the CPU time of TP2 with sequence parallelism, PP2 and FSDP2 over two gloo processes beside one
+process. Losses are compared before anything is timed. Figures are ratios of neighbours in time;
+what they are divided by is printed below the tables. The machine should have nothing else to do.
 """
 
 Say = Callable[[str], None]
@@ -42,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_data, _add_attention, _add_loss):
+    for add in (_add_data, _add_attention, _add_loss, _add_step):
         command = add(commands)
         command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     return parser
@@ -126,6 +147,60 @@ def _add_loss(commands: Any) -> argparse.ArgumentParser:
     return loss
 
 
+def _add_step(commands: Any) -> argparse.ArgumentParser:
+    step: argparse.ArgumentParser = commands.add_parser(
+        "step",
+        help="a whole optimizer step: published code, ours, the floor; parallel overhead",
+        description=_STEP_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    step.set_defaults(run=_step)
+    defaults = StepOptions()
+    step.add_argument("--input", type=Path, metavar="FILE", help="default: generated problems")
+    step.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
+    step.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="L",
+        default=defaults.lengths,
+        help="tokens of one copy, rows hold two (default 2048 4096)",
+    )
+    step.add_argument(
+        "--rows",
+        type=int,
+        default=defaults.rows,
+        help="published rows of a step; exact needs about 3/4 of them (default %(default)s)",
+    )
+    step.add_argument(
+        "--rounds", type=int, default=defaults.rounds, help="of our forms (default %(default)s)"
+    )
+    step.add_argument(
+        "--peer-rounds",
+        type=int,
+        default=defaults.peer_rounds,
+        help="of the peer, which takes minutes a step at 4096 (default %(default)s)",
+    )
+    step.add_argument(
+        "--parallel-rounds",
+        type=int,
+        default=defaults.parallel_rounds,
+        help="of one process and the layouts (default %(default)s)",
+    )
+    step.add_argument(
+        "--threads",
+        type=int,
+        default=defaults.threads,
+        help="of torch for all forms (default: all cores, %(default)s)",
+    )
+    step.add_argument("--block-length", type=int, default=defaults.block_length)
+    step.add_argument(
+        "--quick", action="store_true", help="toy model and rows: shows that it runs, no more"
+    )
+    step.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of answer tokens/s")
+    return step
+
+
 def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
         if args.input is None:
@@ -172,6 +247,46 @@ def _loss(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     figures = measure_linear_cross_entropy(size, rounds=args.rounds)
     show_linear_cross_entropy(figures)
     return asdict(figures)
+
+
+def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    for name in ("rows", "rounds", "peer_rounds", "parallel_rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for length in args.lengths:
+        check_row_size(length, args.block_length)
+    options = StepOptions(
+        lengths=tuple(args.lengths),
+        rows=args.rows,
+        rounds=args.rounds,
+        peer_rounds=args.peer_rounds,
+        parallel_rounds=args.parallel_rounds,
+        threads=args.threads,
+        block_length=args.block_length,
+    )
+    if args.quick:
+        options = options.quick()
+    with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
+        if args.input is None:
+            make_demo_data(Path(folder))
+            args.input, args.tokenizer = Path(folder, "train.jsonl"), Path(folder, "model")
+        elif args.tokenizer is None:
+            raise ValueError("--input needs --tokenizer: a model directory")
+        corpus = read_corpus(
+            args.input,
+            args.tokenizer,
+            Path(folder),
+            vocab_size=options.arch.vocab_size,
+            block_length=options.block_length,
+            seed=options.seed,
+            max_documents=options.max_documents,
+        )
+    figures = measure_step(options, corpus, say)
+    show_step(figures)
+    if args.plot is not None:
+        plot_step(figures, args.plot)
+        say(f"plot: {args.plot}")
+    return figures.to_json()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,35 +25,60 @@ Plan = TypeVar("Plan")
 class AttentionMask:
     """Mask metadata of one micro-batch: built once on the host, shared by all layers.
 
+    Usually the queries are all tokens and the keys the same tokens; `select` makes the mask of
+    some of the queries, which still see the keys they saw.
+
     Attributes:
-        key_intervals: int32 [T, 4] on the compute device.
+        key_intervals: int32 [T, 4] of the T queries on the compute device.
         host_intervals: the same intervals as numpy, from which plans are made.
+        num_keys: keys on the key axis.
     """
 
     key_intervals: Tensor
     host_intervals: IntArray
+    num_keys: int
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def build(cls, key_intervals: IntArray, device: torch.device | str = "cpu") -> AttentionMask:
+    def build(
+        cls,
+        key_intervals: IntArray,
+        device: torch.device | str = "cpu",
+        num_keys: int | None = None,
+    ) -> AttentionMask:
         """The metadata of a micro-batch.
 
         Args:
             key_intervals: int32 [T, 4], see `reference.dense_mask`. No query may be empty, and
                 the two ranges of one query may not overlap (a key would count twice).
             device: where kernels will read the intervals.
+            num_keys: keys on the key axis; default: as many as queries.
         """
         assert key_intervals.shape[0] > 0, "a micro-batch holds at least one token"
+        num_keys = key_intervals.shape[0] if num_keys is None else num_keys
+        assert key_intervals.min() >= 0, "a range begins before the first key"
+        assert key_intervals.max() <= num_keys, "a range ends behind the last key"
         lo1, hi1, lo2, hi2 = key_intervals.T
         first, second = hi1 - lo1, hi2 - lo2
         assert min(first.min(), second.min()) >= 0, "a range ends before it begins"
         assert (first + second > 0).all(), "every query must see at least one key"
         apart = (hi1 <= lo2) | (hi2 <= lo1) | (first == 0) | (second == 0)
         assert apart.all(), "the two ranges of a query overlap"
-        return cls(torch.from_numpy(key_intervals).to(device), key_intervals)
+        return cls(torch.from_numpy(key_intervals).to(device), key_intervals, num_keys)
+
+    def select(self, positions: NDArray[np.int64]) -> AttentionMask:
+        """The mask of some of the queries over the same keys, with plans of its own.
+
+        Args:
+            positions: int64 [M], M at least 1; in any order, a query may occur several times.
+        """
+        return AttentionMask.build(
+            self.host_intervals[positions], self.key_intervals.device, self.num_keys
+        )
 
     @property
     def num_tokens(self) -> int:
+        """Queries."""
         return int(self.host_intervals.shape[0])
 
     @property
@@ -71,20 +96,24 @@ class AttentionMask:
         return plan
 
 
-def tile_counts(key_intervals: IntArray, query_block: int, key_block: int) -> NDArray[np.int64]:
+def tile_counts(
+    key_intervals: IntArray, query_block: int, key_block: int, num_keys: int | None = None
+) -> NDArray[np.int64]:
     """Exact number of allowed (query, key) pairs per tile.
 
     Args:
         key_intervals: int32 [T, 4], or [R, T, 4] for R rows that do not see each other.
         query_block, key_block: tile sizes; the last tiles may stick out over the end.
+        num_keys: keys on the key axis; default: as many as queries.
 
     Returns:
         int64 [query tiles, key tiles], or [R, query tiles, key tiles].
     """
     intervals = key_intervals.reshape(-1, *key_intervals.shape[-2:])
     num_rows, num_tokens = intervals.shape[:2]
-    query_tiles, key_tiles = -(-num_tokens // query_block), -(-num_tokens // key_block)
-    # Two spare columns: an end at num_tokens touches columns m and m + 1.
+    num_keys = num_tokens if num_keys is None else num_keys
+    query_tiles, key_tiles = -(-num_tokens // query_block), -(-num_keys // key_block)
+    # Two spare columns: an end at num_keys touches columns m and m + 1.
     stride = key_tiles + 2
     tiles = np.arange(num_tokens) // query_block + np.arange(num_rows)[:, None] * query_tiles
     lines, ends, repeats = _distinct(tiles.ravel() * stride, intervals.reshape(-1, 4))

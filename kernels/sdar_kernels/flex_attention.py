@@ -2,7 +2,8 @@
 
 The mask function reads only the int32 intervals, so nothing of size [T, T] exists and no index
 product can overflow. The BlockMask equals `create_block_mask`'s, tensor for tensor. Intervals and
-lists are tensors of fixed shape, so one compiled graph serves every step of a row length.
+lists are tensors of fixed shape, so one compiled graph serves every step of a row length (and
+number of queries, where not all tokens are queries).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from sdar_kernels.block_mask import AttentionMask, IntArray, TileLists, tile_counts
 
 FLEX_BLOCK = 128
+# Graphs that may be compiled, one per shape. torch stops at 8 and then runs uncompiled without
+# an error, which stores all scores. The model pads its queries so that about 16 shapes occur.
+_MAX_GRAPHS = 64
 
 FLEX_CPU_ERROR = "torch's FlexAttention has no CPU backward"
 
@@ -39,7 +43,10 @@ def interval_mask_mod(key_intervals: Tensor) -> MaskMod:
 
 
 def interval_block_mask(
-    key_intervals: IntArray, device_intervals: Tensor, tile: tuple[int, int]
+    key_intervals: IntArray,
+    device_intervals: Tensor,
+    tile: tuple[int, int],
+    num_keys: int | None = None,
 ) -> BlockMask:
     """BlockMask of rows given by their intervals, all heads alike, in O(tokens + tiles).
 
@@ -47,17 +54,19 @@ def interval_block_mask(
         key_intervals: int32 [T, 4], or [R, T, 4] for a batch of R rows.
         device_intervals: the same on the compute device.
         tile: query and key tile size.
+        num_keys: keys on the key axis; default: as many as queries.
     """
-    counts = tile_counts(key_intervals, *tile)
-    counts = counts.reshape(-1, *counts.shape[-2:])
     num_tokens = key_intervals.shape[-2]
+    num_keys = num_tokens if num_keys is None else num_keys
+    counts = tile_counts(key_intervals, *tile, num_keys)
+    counts = counts.reshape(-1, *counts.shape[-2:])
     partial, full = _tensors(TileLists.of(counts, tile), device_intervals.device)
     block_mask = BlockMask.from_kv_blocks(
         *partial,
         *full,
         BLOCK_SIZE=tile,
         mask_mod=interval_mask_mod(device_intervals),
-        seq_lengths=(num_tokens, num_tokens),
+        seq_lengths=(num_tokens, num_keys),
         compute_q_blocks=False,
     )
     # What from_kv_blocks would compute from the lists by scattering and sorting on the device.
@@ -80,14 +89,18 @@ def _tensors(lists: TileLists, device: torch.device) -> tuple[TileList, TileList
 
 def make_block_mask(mask: AttentionMask, tile: int = FLEX_BLOCK) -> BlockMask:
     """BlockMask of one micro-batch (batch 1)."""
-    return interval_block_mask(mask.host_intervals, mask.key_intervals, (tile, tile))
+    return interval_block_mask(mask.host_intervals, mask.key_intervals, (tile, tile), mask.num_keys)
 
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
     # lru_cache so that one compiled callable serves all layers; compiling again per layer
     # would multiply the start-up time.
-    return torch.compile(flex_attention, dynamic=False)
+    compile_function: Any = torch.compile  # its stubs do not know recompile_limit
+    compiled: Callable[..., Tensor] = compile_function(
+        flex_attention, dynamic=False, recompile_limit=_MAX_GRAPHS
+    )
+    return compiled
 
 
 def refuse_gradients_on_cpu(*inputs: Tensor) -> None:

@@ -4,7 +4,8 @@ Written for clarity, usable in fp64, quadratic in memory. Nothing in the trainin
 this file; tests and the `reference` attention backend do. Invariant: an op here has no option
 that its fast form lacks.
 
-Shape legend: T tokens, N query heads, K key/value heads, H head_dim, V vocabulary.
+Shape legend: T queries, S keys, N query heads, K key/value heads, H head_dim, V vocabulary.
+Queries and keys are mostly the same tokens, but S may differ from T.
 """
 
 from __future__ import annotations
@@ -13,37 +14,40 @@ import torch
 from torch import Tensor
 
 
-def dense_mask(key_intervals: Tensor) -> Tensor:
+def dense_mask(key_intervals: Tensor, num_keys: int | None = None) -> Tensor:
     """Expand per-query key intervals into the boolean mask they stand for.
 
     Args:
         key_intervals: int [T, 4]; query i sees keys [lo1, hi1) and [lo2, hi2).
+        num_keys: S; default: as many as queries.
 
     Returns:
-        bool [T, T], True where the query (row) may see the key (column).
+        bool [T, S], True where the query (row) may see the key (column).
     """
-    keys = torch.arange(key_intervals.shape[0], device=key_intervals.device)
+    num_keys = key_intervals.shape[0] if num_keys is None else num_keys
+    keys = torch.arange(num_keys, device=key_intervals.device)
     lo1, hi1, lo2, hi2 = key_intervals.unsqueeze(-1).unbind(1)
     return ((keys >= lo1) & (keys < hi1)) | ((keys >= lo2) & (keys < hi2))
 
 
-def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, key_intervals: Tensor) -> Tensor:
+def attention(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, key_intervals: Tensor) -> Tensor:
     """Softmax attention under the interval mask, scale 1/sqrt(H), grouped-query heads.
 
     Args:
         q_TNH: queries; N is a multiple of K, query head n reads key head n // (N // K).
-        k_TKH, v_TKH: keys and values.
+        k_SKH, v_SKH: keys and values.
         key_intervals: int [T, 4]; every query must see at least one key.
 
     Returns:
         [T, N, H] in the dtype of q.
     """
-    groups = q_TNH.shape[1] // k_TKH.shape[1]
-    k_TNH = k_TKH.repeat_interleave(groups, dim=1)
-    v_TNH = v_TKH.repeat_interleave(groups, dim=1)
-    scores = torch.einsum("qnh,knh->nqk", q_TNH, k_TNH) * q_TNH.shape[-1] ** -0.5
-    scores = scores.masked_fill(~dense_mask(key_intervals), float("-inf"))
-    return torch.einsum("nqk,knh->qnh", scores.softmax(dim=-1), v_TNH)
+    groups = q_TNH.shape[1] // k_SKH.shape[1]
+    k_SNH = k_SKH.repeat_interleave(groups, dim=1)
+    v_SNH = v_SKH.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qnh,knh->nqk", q_TNH, k_SNH) * q_TNH.shape[-1] ** -0.5
+    hidden = ~dense_mask(key_intervals, k_SKH.shape[0])
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("nqk,knh->qnh", scores.softmax(dim=-1), v_SNH)
 
 
 def weighted_cross_entropy(

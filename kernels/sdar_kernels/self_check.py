@@ -2,12 +2,13 @@
 
 Two rows of one length are run, forward and backward: [clean | noisy] copies of several ragged
 documents with padding, and the published [noisy | clean] order. The second has the shape of the
-first, so a backend that keeps the mask it was compiled with is caught too.
+first, so a backend that keeps the mask it was compiled with is caught too. Then half of the first
+row's noisy tokens as the only queries over all keys, as the last layer has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,11 +51,8 @@ def attention_problem(
         training: whether gradients are checked too.
         short: use the smallest rows that still show a wrong mask.
     """
-    documents = (20, 12) if short else (148, 36, 84)
-    for noisy_first in (False, True):
-        intervals = document_intervals(documents, 4, noisy_first=noisy_first, padding=5)
-        mask = AttentionMask.build(intervals, device)
-        inputs = _inputs(mask.num_tokens, device, dtype, heads)
+    for mask in _masks((20, 12) if short else (148, 36, 84), device):
+        inputs = _inputs(mask, device, dtype, heads)
         try:
             ours = _outputs(attention, inputs, mask, training)
         except Exception as error:  # whatever a compiler or a driver raises
@@ -66,6 +64,17 @@ def attention_problem(
             if problem is not None:
                 return problem
     return None
+
+
+def _masks(documents: Sequence[int], device: torch.device) -> Iterator[AttentionMask]:
+    for noisy_first in (False, True):
+        intervals = document_intervals(documents, 4, noisy_first=noisy_first, padding=5)
+        yield AttentionMask.build(intervals, device)
+    clean_first = document_intervals(documents, 4, padding=5)
+    noisy = sum(documents) + np.random.default_rng(0).permutation(sum(documents))
+    # A clean token behind them, as the model pads its queries with.
+    chosen = np.append(np.sort(noisy[: noisy.size // 2]), 0)
+    yield AttentionMask.build(clean_first, device).select(chosen)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -90,14 +99,15 @@ def _difference(name: str, actual: Tensor, expected: Tensor, tolerance: float) -
 
 
 def _inputs(
-    num_tokens: int, device: torch.device, dtype: torch.dtype, heads: HeadLayout
+    mask: AttentionMask, device: torch.device, dtype: torch.dtype, heads: HeadLayout
 ) -> list[Tensor]:
     """q, k, v and an upstream gradient, from numpy: the run's own generators stay untouched."""
     rng = np.random.default_rng(0)
-    counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads, heads.num_heads)
+    queries = (mask.num_tokens, heads.num_heads, heads.head_dim)
+    keys = (mask.num_keys, heads.num_kv_heads, heads.head_dim)
     return [
-        torch.from_numpy(rng.standard_normal((num_tokens, count, heads.head_dim))).to(device, dtype)
-        for count in counts
+        torch.from_numpy(rng.standard_normal(shape)).to(device, dtype)
+        for shape in (queries, keys, keys, queries)
     ]
 
 

@@ -52,7 +52,7 @@ class QueryTile:
     """Queries of a batch that see the first `width` keys of their document or block.
 
     Attributes:
-        rows: query rows, a document being an entry.
+        rows: query rows, a document being an entry; rows of q, which keys need not share.
         seen: int64 [batch * num_tokens], how many of the last `masked` keys a row sees; None
             if it sees all of them.
         width: keys.
@@ -190,7 +190,8 @@ def _alike(
 def _second_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> Iterator[KeySet]:
     low, high = mask.host_intervals[:, 2:].astype(np.int64).T
     queries = np.flatnonzero(high > low)
-    scale = mask.num_tokens + 1
+    # Above every end of a range and every number of queries.
+    scale = max(mask.num_keys, mask.num_tokens) + 1
     ranges, which, counts = np.unique(
         low[queries] * scale + high[queries], return_inverse=True, return_counts=True
     )

@@ -1,8 +1,9 @@
 """Key intervals -> which runs of keys every query tile reads, and of queries every key tile.
 
-Tiles begin where documents and copies begin, not on a grid: the token axis is cut into pieces in
-which the visible range only grows, and each piece is cut into tiles. A query tile then reads at
-most two runs of keys, and a key tile one run of queries per copy of its document. A run has a
+Tiles begin where documents and copies begin, not on a grid: the query axis is cut into pieces in
+which the visible range only grows, the key axis where a piece begins to read, and what lies
+between two cuts into tiles. A query tile then reads at most two runs of keys, and a key tile one
+run of queries per copy of its document. Queries and keys may be different tokens. A run has a
 part that needs the mask and a part that does not; its ends are exact, so a kernel computes little
 more than the mask allows. All of it is O(tokens + tiles) numpy on the host.
 """
@@ -96,15 +97,14 @@ def make_key_tiles(
     """
     intervals = mask.host_intervals.astype(np.int64)
     piece_starts = _piece_starts(mask.host_intervals)
-    # No key tile straddles the beginning of a document, so a run needs no lower bound on keys.
-    borders = np.union1d(piece_starts, intervals[:, 0])
-    borders = borders[borders < mask.num_tokens]
-    key_starts, key_ends = _cut(borders, mask.num_tokens, key_block)
+    borders = _key_borders(intervals, piece_starts, mask.num_keys)
+    key_starts, key_ends = _cut(borders, mask.num_keys, key_block)
     pieces = (piece_starts, np.append(piece_starts[1:], mask.num_tokens))
     lo1, hi1, lo2, hi2 = intervals.T
     keys = (key_starts, key_ends)
-    first = _runs_of_range(lo1, hi1, pieces, keys, FIRST)
-    runs = np.concatenate((first, _runs_of_range(lo2, hi2, pieces, keys, SECOND)))
+    scale = mask.num_keys + 1
+    first = _runs_of_range(lo1, hi1, pieces, keys, scale, FIRST)
+    runs = np.concatenate((first, _runs_of_range(lo2, hi2, pieces, keys, scale, SECOND)))
     tile, start, open_start, end, _ = runs.T
     # The masked part is a whole number of steps, as far as the run reaches.
     masked_steps = _steps(open_start - start, masked_block)
@@ -128,9 +128,13 @@ def _runs_of_range(
     high: LongArray,
     pieces: tuple[LongArray, LongArray],
     keys: tuple[LongArray, LongArray],
+    scale: int,
     which: int,
 ) -> LongArray:
-    """Runs through one of the two ranges: int64 [runs, 5], key tile and the columns of `runs`."""
+    """Runs through one of the two ranges: int64 [runs, 5], key tile and the columns of `runs`.
+
+    `scale` is above every end of a range.
+    """
     piece_starts, piece_ends = pieces
     key_starts, key_ends = keys
     # The keys that a piece sees are one stretch of key tiles.
@@ -143,7 +147,6 @@ def _runs_of_range(
     offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     tile = np.repeat(first_tile, counts) + offsets
     # Ranges of one piece are sorted; with the piece in front, those of all pieces are.
-    scale = np.int64(low.size + 1)
     of_token = np.repeat(np.arange(piece_starts.size), piece_ends - piece_starts) * scale
     base = piece * scale
     start = np.searchsorted(of_token + high, base + key_starts[tile], side="right")
@@ -163,6 +166,18 @@ def _piece_starts(intervals: IntArray) -> LongArray:
     cut = (after[:, 0] != before[:, 0]) | (after[:, 1:] < before[:, 1:]).any(axis=1)
     cut |= (after[:, 3] > after[:, 2]) != (before[:, 3] > before[:, 2])
     return np.concatenate(([0], np.flatnonzero(cut) + 1))
+
+
+def _key_borders(intervals: LongArray, piece_starts: LongArray, num_keys: int) -> LongArray:
+    """Keys at which a key tile must begin.
+
+    These are the first keys of first ranges, which documents have in common: no key tile may
+    straddle one, so that a run needs no lower bound on keys. And the first key that a piece
+    reads through its second range, which is where a noisy copy begins.
+    """
+    lo2, hi2 = intervals[piece_starts, 2], intervals[piece_starts, 3]
+    borders = np.unique(np.concatenate(([0], intervals[:, 0], lo2[hi2 > lo2])))
+    return borders[borders < num_keys]
 
 
 def _cut(borders: LongArray, num_tokens: int, size: int) -> tuple[LongArray, LongArray]:

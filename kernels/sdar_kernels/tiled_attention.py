@@ -5,7 +5,7 @@ pays for its own block exactly. Query heads of one key head are folded into matm
 O(T) tensors and recomputes the probabilities in backward; gradients of keys and values, which
 many queries add to, are summed in fp32 or wider.
 
-Shape legend: T tokens, N query heads, K key heads, G = N // K, H head_dim.
+Shape legend: T queries, S keys, N query heads, K key heads, G = N // K, H head_dim.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _FEW_KEYS = 256
 
 def tiled_attention(
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
     mask: AttentionMask,
     sizes: TileSizes | None = None,
 ) -> Tensor:
     """Attention under `mask`; same contract as `reference.attention`."""
     sizes = sizes or TileSizes()
-    plan = mask.plan(make_tile_plan, k_TKH.shape[1], sizes)
-    out: Tensor = _TiledAttention.apply(q_TNH, k_TKH, v_TKH, plan, sizes)
+    plan = mask.plan(make_tile_plan, k_SKH.shape[1], sizes)
+    out: Tensor = _TiledAttention.apply(q_TNH, k_SKH, v_SKH, plan, sizes)
     return out
 
 

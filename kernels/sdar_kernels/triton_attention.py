@@ -22,7 +22,6 @@ from sdar_kernels.triton_attention_backward import (
 from sdar_kernels.triton_attention_forward import attention_forward
 from sdar_kernels.triton_configs import (
     HEAD_DIMS,
-    MAX_HEAD_DIM_FP32,
     AttentionConfig,
     KernelConfig,
     attention_config,
@@ -32,6 +31,8 @@ from sdar_kernels.triton_configs import (
 from sdar_kernels.triton_runtime import KernelSpec
 
 _LOG2_E = math.log2(math.e)
+# Columns of a product's operands in fp32 above 128: whole heads do not fit the registers there.
+_CHUNK = 32
 _TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
 }  # fmt: skip
@@ -54,7 +55,8 @@ def triton_attention(
         config: tile sizes; default: those chosen for this GPU.
     """
     if config is None:
-        config = default_config(q_TNH.device, q_TNH.shape[-1], q_TNH.dtype)
+        group = q_TNH.shape[1] // k_TKH.shape[1]
+        config = default_config(q_TNH.device, q_TNH.shape[-1], q_TNH.dtype, group)
     return _TritonAttention.apply(q_TNH, k_TKH, v_TKH, mask, config)
 
 
@@ -63,6 +65,7 @@ def _constexprs(group: int, head_dim: int, dtype: torch.dtype, on_amd: bool) -> 
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_head_dim(head_dim),
+        "CHUNK": _CHUNK if dtype.itemsize > 2 and padded_head_dim(head_dim) > 128 else 0,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         # NVIDIA's tensor cores take fp32 in three products of its halves; 16-bit inputs have
         # one form, and AMD's matrix cores take fp32 as it is.
@@ -186,13 +189,13 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
 
 def shipped(arch: str) -> list[KernelSpec]:
     """Every configuration that `attention_config` hands out, with SDAR's head groups at d 128."""
+    # Groups of two and of four stand for the smaller and the larger ones.
     return [
         spec
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for head_dim in HEAD_DIMS
-        if dtype.itemsize == 2 or head_dim <= MAX_HEAD_DIM_FP32
-        for group in ((2, 4, 8) if head_dim == 128 else (4,))
+        for group in ((2, 4, 8) if head_dim == 128 else (2, 4))
         for spec in attention_specs(
-            arch, attention_config(arch, head_dim, dtype), head_dim, dtype, group
+            arch, attention_config(arch, head_dim, dtype, group), head_dim, dtype, group
         )
     ]

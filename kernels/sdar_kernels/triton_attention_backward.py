@@ -14,6 +14,7 @@ from sdar_kernels.triton_attention_forward import (
     load_ranges,
     load_vectors,
     masked_step,
+    multiply_vectors,
     row_places,
     store_vectors,
 )
@@ -22,9 +23,13 @@ from sdar_kernels.triton_attention_forward import (
 @triton.jit
 def _query_step(
     probabilities, k, v, grad_out, delta, grad_q,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    grad_out_ptr, vector, exists, v_ptr, place, key_exists,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    grad_p = multiply_vectors(
+        grad_out, v, grad_out_ptr, vector, exists, v_ptr, place, key_exists,
+        HEAD_DIM, CHUNK, ACC, PRECISION,
+    )  # fmt: skip
     grad_s = probabilities * (grad_p - delta[:, None])
     return tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION, out_dtype=ACC)
 
@@ -36,7 +41,7 @@ def attention_backward_queries(
     scale, scale_log2, num_heads, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, HOIST: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q [T, N, H] and delta [T, N]; grid (query tiles, key heads)."""
     tile = tiles_ptr + tl.program_id(0) * 7
@@ -57,10 +62,16 @@ def attention_backward_queries(
     for begin in tl.range(first_lo, open_end, BLOCK_N, disable_licm=not HOIST):
         place = (begin + tl.arange(0, BLOCK_N)).to(tl.int64) * num_kv_heads + kv_head
         k = load_all_vectors(k_ptr, place, HEAD_DIM, PADDED_DIM)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
+        scores = scale_log2 * multiply_vectors(
+            q, k, q_ptr, vector, exists, k_ptr, place, place >= 0, HEAD_DIM, CHUNK, ACC, PRECISION
+        )
         v = load_all_vectors(v_ptr, place, HEAD_DIM, PADDED_DIM)
         probabilities = tl.exp2(scores - lse[:, None])
-        grad_q = _query_step(probabilities, k, v, grad_out, delta, grad_q, ACC, PRECISION)
+        grad_q = _query_step(
+            probabilities, k, v, grad_out, delta, grad_q,
+            grad_out_ptr, vector, exists, v_ptr, place, place >= 0,
+            HEAD_DIM, CHUNK, ACC, PRECISION,
+        )  # fmt: skip
 
     lo1, hi1, lo2, hi2 = load_ranges(intervals_ptr, query, exists)
     num_first = tl.cdiv(first_hi - open_end, MASKED_N)
@@ -71,28 +82,37 @@ def attention_backward_queries(
         )
         place = key.to(tl.int64) * num_kv_heads + kv_head
         k = load_vectors(k_ptr, place, key_exists, HEAD_DIM, PADDED_DIM)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
+        scores = scale_log2 * multiply_vectors(
+            q, k, q_ptr, vector, exists, k_ptr, place, key_exists, HEAD_DIM, CHUNK, ACC, PRECISION
+        )
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         v = load_vectors(v_ptr, place, key_exists, HEAD_DIM, PADDED_DIM)
         probabilities = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
-        grad_q = _query_step(probabilities, k, v, grad_out, delta, grad_q, ACC, PRECISION)
+        grad_q = _query_step(
+            probabilities, k, v, grad_out, delta, grad_q,
+            grad_out_ptr, vector, exists, v_ptr, place, key_exists,
+            HEAD_DIM, CHUNK, ACC, PRECISION,
+        )  # fmt: skip
 
     store_vectors(grad_q_ptr, vector, exists, grad_q * scale, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit
 def _key_step(
-    begin, end, k, v, key, grad_k, grad_v, which,
-    q_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
+    begin, end, k, v, key, place, key_exists, grad_k, grad_v, which,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
     scale_log2, num_heads, kv_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [begin, begin + BLOCK_M / GROUP), as far as they exist, to dK and dV."""
     query, exists, vector = row_places(begin, end, kv_head, num_heads, GROUP, BLOCK_M)
     q = load_vectors(q_ptr, vector, exists, HEAD_DIM, PADDED_DIM)
     lse = tl.load(lse_ptr + vector, mask=exists, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
+    scores = scale_log2 * multiply_vectors(
+        k, q, k_ptr, place, key_exists, q_ptr, vector, exists, HEAD_DIM, CHUNK, ACC, PRECISION
+    )
     probabilities = tl.exp2(scores - lse[None, :])
     if MASKED:
         places = intervals_ptr + query.to(tl.int64) * 4 + which * 2
@@ -107,7 +127,10 @@ def _key_step(
         input_precision=PRECISION, out_dtype=ACC,
     )  # fmt: skip
     delta = tl.load(delta_ptr + vector, mask=exists, other=0.0)
-    grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACC)
+    grad_p = multiply_vectors(
+        v, grad_out, v_ptr, place, key_exists, grad_out_ptr, vector, exists,
+        HEAD_DIM, CHUNK, ACC, PRECISION,
+    )  # fmt: skip
     grad_s = probabilities * (grad_p - delta[None, :])
     grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION, out_dtype=ACC)
     return grad_k, grad_v
@@ -120,7 +143,7 @@ def attention_backward_keys(
     scale, scale_log2, num_heads, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, MASKED_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v [T, K, H]; grid (key tiles, key heads)."""
     tile = tiles_ptr + tl.program_id(0) * 4
@@ -141,17 +164,17 @@ def attention_backward_keys(
         which = tl.load(run + 3)
         for begin in range(query_start, open_start, MASKED_M // GROUP):
             grad_k, grad_v = _key_step(
-                begin, open_start, k, v, key, grad_k, grad_v, which,
-                q_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
+                begin, open_start, k, v, key, place, key < end, grad_k, grad_v, which,
+                q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
                 scale_log2, num_heads, kv_head,
-                GROUP, HEAD_DIM, PADDED_DIM, MASKED_M, True, ACC, PRECISION,
+                GROUP, HEAD_DIM, PADDED_DIM, MASKED_M, True, CHUNK, ACC, PRECISION,
             )  # fmt: skip
         for begin in range(open_start, query_end, BLOCK_M // GROUP):
             grad_k, grad_v = _key_step(
-                begin, query_end, k, v, key, grad_k, grad_v, which,
-                q_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
+                begin, query_end, k, v, key, place, key < end, grad_k, grad_v, which,
+                q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, intervals_ptr,
                 scale_log2, num_heads, kv_head,
-                GROUP, HEAD_DIM, PADDED_DIM, BLOCK_M, False, ACC, PRECISION,
+                GROUP, HEAD_DIM, PADDED_DIM, BLOCK_M, False, CHUNK, ACC, PRECISION,
             )  # fmt: skip
 
     store_vectors(grad_k_ptr, place, key < end, grad_k * scale, HEAD_DIM, PADDED_DIM)

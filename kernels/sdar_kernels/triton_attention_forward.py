@@ -54,6 +54,34 @@ def load_all_vectors(
 
 
 @triton.jit
+def multiply_vectors(
+    left, right,
+    left_ptr, left_vector, left_exists, right_ptr, right_vector, right_exists,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left @ right^T of two tiles of vectors, [left, right].
+
+    With CHUNK the tiles are read again, that many columns at a time: as operands, whole fp32
+    heads of 256 do not fit the registers.
+    """
+    if CHUNK == 0:
+        product = tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        product = tl.zeros([left_vector.shape[0], right_vector.shape[0]], dtype=ACC)
+        for first in tl.range(0, HEAD_DIM, CHUNK, num_stages=1, loop_unroll_factor=1):
+            column = first + tl.arange(0, CHUNK)
+            inside = (column < HEAD_DIM)[None, :]
+            left_places = left_ptr + left_vector[:, None] * HEAD_DIM + column[None, :]
+            right_places = right_ptr + right_vector[:, None] * HEAD_DIM + column[None, :]
+            some_left = tl.load(left_places, mask=left_exists[:, None] & inside, other=0.0)
+            some_right = tl.load(right_places, mask=right_exists[:, None] & inside, other=0.0)
+            product = tl.dot(
+                some_left, tl.trans(some_right), product, input_precision=PRECISION, out_dtype=ACC
+            )
+    return product
+
+
+@triton.jit
 def store_vectors(
     pointer, vector, exists, values,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -109,7 +137,7 @@ def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, intervals_ptr, tiles_ptr,
     scale_log2, num_heads, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, CHUNK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [T, N, H] and log-sum-exp in base 2 [T, N]; grid (query tiles, key heads)."""
@@ -128,7 +156,9 @@ def attention_forward(
     for begin in range(first_lo, open_end, BLOCK_N):
         place = (begin + tl.arange(0, BLOCK_N)).to(tl.int64) * num_kv_heads + kv_head
         k = load_all_vectors(k_ptr, place, HEAD_DIM, PADDED_DIM)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
+        scores = scale_log2 * multiply_vectors(
+            q, k, q_ptr, vector, exists, k_ptr, place, place >= 0, HEAD_DIM, CHUNK, ACC, PRECISION
+        )
         v = load_all_vectors(v_ptr, place, HEAD_DIM, PADDED_DIM)
         peak, total, out = _softmax_step(scores, v, peak, total, out, ACC, PRECISION)
 
@@ -141,7 +171,9 @@ def attention_forward(
         )
         place = key.to(tl.int64) * num_kv_heads + kv_head
         k = load_vectors(k_ptr, place, key_exists, HEAD_DIM, PADDED_DIM)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
+        scores = scale_log2 * multiply_vectors(
+            q, k, q_ptr, vector, exists, k_ptr, place, key_exists, HEAD_DIM, CHUNK, ACC, PRECISION
+        )
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         scores = tl.where(seen, scores, _UNSEEN)
         v = load_vectors(v_ptr, place, key_exists, HEAD_DIM, PADDED_DIM)

@@ -15,7 +15,6 @@ from sdar_kernels.triton_runtime import device_architecture, interpreting
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_HEAD_DIM_FP32 = 128
 # Rows of the smallest step: one query's heads must fit.
 MAX_GROUP = 16
 
@@ -98,11 +97,51 @@ _CONFIG_16BIT = {
         256: _config((64, 32, 32, 8, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 1)),
     },
 }
+# Below this many query heads per key head, tiles of 128 rows span so many queries that they would
+# compute more pairs in vain than is allowed: those kernels take 64 rows there.
+_LARGE_GROUP = 4
+
+
+def _small_group(forward: _Launch, queries: _Launch) -> dict[str, KernelConfig]:
+    return {"forward": KernelConfig(*forward), "backward_queries": KernelConfig(*queries)}
+
+
+_CONSUMER_SMALL_GROUP = {
+    64: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+    128: _small_group((64, 64, 32, 8, 3), (64, 64, 32, 8, 2)),
+}
+_SMALL_GROUP_16BIT = {
+    "sm_80": {
+        64: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 8, 3)),
+        128: _small_group((64, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+    },
+    "sm_86": _CONSUMER_SMALL_GROUP,
+    "sm_89": _CONSUMER_SMALL_GROUP,
+    "sm_90": {
+        64: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+        128: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+    },
+    "sm_100": {
+        64: {
+            **_small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+            "backward_keys": KernelConfig(64, 64, 32, 8, 2),
+        },
+        128: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+    },
+    "sm_120": _CONSUMER_SMALL_GROUP,
+    "gfx942": {
+        64: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+        128: _small_group((64, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
+    },
+}
 # The same for 32-bit elements, whose products take three times the registers.
 _SMALL_32BIT = _config((16, 32, 16, 8, 1), (16, 32, 16, 8, 1), (32, 16, 32, 8, 1))
+# The kernels read the operands of heads above 128 in parts there.
+_WIDE_32BIT = _config((32, 32, 32, 8, 1), (16, 32, 16, 8, 1), (16, 32, 16, 8, 1))
 _AMPERE_32BIT = {
     64: _config((32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1)),
     128: _SMALL_32BIT,
+    256: _WIDE_32BIT,
 }
 _CONFIG_32BIT = {
     "sm_80": _AMPERE_32BIT,
@@ -111,18 +150,22 @@ _CONFIG_32BIT = {
     "sm_90": {
         64: _config((64, 32, 32, 8, 2), (64, 32, 32, 8, 2), (64, 32, 32, 8, 1)),
         128: _SMALL_32BIT,
+        256: _WIDE_32BIT,
     },
     "sm_100": {
         64: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 2), (32, 32, 32, 8, 1)),
         128: _SMALL_32BIT,
+        256: _WIDE_32BIT,
     },
     "sm_120": {
         64: _config((64, 32, 32, 8, 2), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1)),
         128: replace(_SMALL_32BIT, backward_queries=KernelConfig(16, 32, 16, 8, 1, hoist=False)),
+        256: _WIDE_32BIT,
     },
     "gfx942": {
         64: _config((64, 64, 32, 8, 1), (64, 32, 32, 8, 2), (32, 32, 32, 8, 1)),
         128: _config((64, 32, 32, 8, 2), (32, 16, 16, 8, 1), (16, 32, 16, 8, 1)),
+        256: _config((32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1)),
     },
 }
 
@@ -154,28 +197,34 @@ def why_no_config(device: torch.device, heads: HeadLayout, dtype: torch.dtype) -
         return None
     if dtype == torch.float64:
         return "the kernels have no fp64 form on a GPU"
-    if dtype == torch.float32 and heads.head_dim > MAX_HEAD_DIM_FP32:
-        return f"no fp32 form above head_dim {MAX_HEAD_DIM_FP32} fits the registers"
     if listed_architecture(device) is None:
         return f"no configuration for {device_architecture(device)}"
     return None
 
 
-def default_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+def default_config(
+    device: torch.device, head_dim: int, dtype: torch.dtype, group: int
+) -> AttentionConfig:
     """What runs on `device`; `why_no_config` said that there is one."""
     if interpreting():
         return _INTERPRETER
     arch = listed_architecture(device)
     assert arch is not None, f"no attention configuration for {device}"
-    return attention_config(arch, head_dim, dtype)
+    return attention_config(arch, head_dim, dtype, group)
 
 
-def attention_config(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """The configuration of one listed architecture, head size and dtype.
+def attention_config(arch: str, head_dim: int, dtype: torch.dtype, group: int) -> AttentionConfig:
+    """The configuration of one listed architecture, head size, dtype and head group.
 
     Args:
         arch: one of ARCHITECTURES.
-        head_dim: at most 256, or MAX_HEAD_DIM_FP32 for fp32.
+        head_dim: at most 256.
+        group: query heads per key head, at most MAX_GROUP.
     """
-    table = _CONFIG_16BIT if dtype.itemsize == 2 else _CONFIG_32BIT
-    return table[arch][max(64, padded_head_dim(head_dim))]
+    padded = max(64, padded_head_dim(head_dim))
+    if dtype.itemsize > 2:
+        return _CONFIG_32BIT[arch][padded]
+    config = _CONFIG_16BIT[arch][padded]
+    if group >= _LARGE_GROUP:
+        return config
+    return replace(config, **_SMALL_GROUP_16BIT[arch].get(padded, {}))

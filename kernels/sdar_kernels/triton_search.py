@@ -91,7 +91,8 @@ def search_config(
 
         return timer(call)
 
-    best = default = default_config(device, heads.head_dim, dtype)
+    group = heads.num_heads // heads.num_kv_heads
+    best = default = default_config(device, heads.head_dim, dtype, group)
     fastest = default_time = measure(default)
     num_timed, num_failed = 1, 0
     for kernel in fields(AttentionConfig):

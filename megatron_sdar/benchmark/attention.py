@@ -26,7 +26,7 @@ from megatron_sdar.benchmark.attention_paths import (
     seconds,
 )
 from megatron_sdar.benchmark.attention_plans import (
-    SDAR_HEADS,
+    COUNTED_HEADS,
     PlanFigures,
     block_mask_figures,
     packed_lengths,
@@ -234,6 +234,6 @@ def _plans(options: AttentionOptions) -> dict[str, PlanFigures]:
         "long": [options.row_length],
     }
     return {
-        name: plan_figures(lengths, options.block_length, SDAR_HEADS)
+        name: plan_figures(lengths, options.block_length, COUNTED_HEADS)
         for name, lengths in rows.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,14 +20,17 @@ from sdar_kernels.tile_runs import make_key_tiles, make_query_tiles
 from sdar_kernels.triton_configs import attention_config
 from torch.nn.attention.flex_attention import create_block_mask
 
-# The GPU whose tile sizes the Triton plan is counted with, and the heads of SDAR 4B and 8B.
+# The GPU whose tile sizes the Triton plan is counted with, and the heads that it is counted for:
+# groups of 2, 4 and 8 (SDAR 1.7B; 4B and 8B; 30B-A3B), and those that the benchmark times.
 _ARCHITECTURE = "sm_90"
-SDAR_HEADS = HeadLayout(32, 8, 128)
+COUNTED_HEADS = (
+    HeadLayout(16, 8, 128), HeadLayout(32, 8, 128), HeadLayout(32, 4, 128), HeadLayout(8, 4, 64),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """Computed over allowed pairs of one row, per plan."""
+    """Computed over allowed pairs of one row, per plan; of several head layouts the largest."""
 
     tiled: float
     triton: float
@@ -63,16 +66,19 @@ def packed_lengths(capacity: int, shortest: int, longest: int, block_length: int
     return lengths
 
 
-def plan_figures(lengths: list[int], block_length: int, heads: HeadLayout) -> PlanFigures:
+def plan_figures(
+    lengths: list[int], block_length: int, layouts: Sequence[HeadLayout]
+) -> PlanFigures:
     """Waste of our plans on one row of these documents."""
     mask = AttentionMask.build(document_intervals(lengths, block_length))
-    return PlanFigures(tile_groups.waste(mask), triton_waste(mask, heads))
+    triton = max(triton_waste(mask, heads) for heads in layouts)
+    return PlanFigures(tile_groups.waste(mask), triton)
 
 
 def triton_waste(mask: AttentionMask, heads: HeadLayout) -> float:
     """The largest of the three Triton kernels' ratios, with the tile sizes of an H100."""
-    config = attention_config(_ARCHITECTURE, heads.head_dim, torch.bfloat16)
     group = heads.num_heads // heads.num_kv_heads
+    config = attention_config(_ARCHITECTURE, heads.head_dim, torch.bfloat16, group)
     pairs = [
         make_query_tiles(mask, launch.rows // group, launch.keys, launch.masked).num_pairs
         for launch in (config.forward, config.backward_queries)

@@ -44,7 +44,7 @@ def show_attention(figures: AttentionFigures, console: Console | None = None) ->
         )
     console.print(table)
     console.print(f"The limit is a matrix product's rate: {figures.limit_teraflops:.3f} TFLOP/s.")
-    plans = Table("documents of", "tiled: computed / allowed", "triton: computed / allowed")
+    plans = Table("documents of", "tiled: computed / allowed", "triton: computed / allowed, worst")
     for name, plan in figures.plans.items():
         plans.add_row(name, f"{plan.tiled:.3f}", f"{plan.triton:.3f}")
     console.print(plans)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -184,10 +184,11 @@ def _decode_block(
     padded = sequence + [config.mask_token_id] * (end - known)
     ids = torch.tensor(padded, device=generator.device)
     unknown = torch.arange(known, end, device=generator.device)
-    batch = _sequence_batch(ids, config.block_length)
+    # Logits of the same positions in every forward, so that their mask is planned once.
+    batch = _sequence_batch(ids, config.block_length).at(np.arange(known, end))
     num_forwards = 0
     for share in config.step_shares:
-        logits = stage(None, replace(batch, loss_positions=unknown), return_logits=True)
+        logits = stage(None, batch, return_logits=True)[unknown - known]
         num_forwards += 1
         tokens, confidences = _candidates(logits, config, generator)
         chosen = _most_confident(confidences, share)
@@ -203,7 +204,7 @@ def _decode_block(
 
 
 def _sequence_batch(ids: Tensor, block_length: int) -> DeviceBatch:
-    """One clean copy of `ids` (whole blocks) as a micro-batch; loss_positions is left empty."""
+    """One clean copy of `ids` (whole blocks) as a micro-batch; see DeviceBatch.at for logits."""
     positions = np.arange(ids.shape[0])
     intervals = np.zeros((ids.shape[0], 4), dtype=np.int32)
     intervals[:, 1] = (positions // block_length + 1) * block_length

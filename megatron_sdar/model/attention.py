@@ -35,6 +35,26 @@ class TokenLayout:
     sin: Tensor
 
 
+@dataclass(frozen=True)
+class SelectedTokens:
+    """The M tokens of a micro-batch that a trimmed layer computes, the only queries there.
+
+    Attributes:
+        positions: int64 [M] on the token axis; a token may occur several times.
+        layout: of these tokens: M queries over all T keys, rotary tables [M, 1, H].
+    """
+
+    positions: Tensor
+    layout: TokenLayout
+
+    @classmethod
+    def of(cls, positions: Tensor, mask: AttentionMask, layout: TokenLayout) -> SelectedTokens:
+        """The tokens at `positions` [M] of the micro-batch `layout`; `mask` is theirs."""
+        assert mask.num_tokens == positions.shape[0], "the mask is that of these positions"
+        cos, sin = (table.index_select(0, positions) for table in (layout.cos, layout.sin))
+        return cls(positions, TokenLayout(mask, cos, sin))
+
+
 class SdarAttention(nn.Module):
     """Attention over whole tokens; returns this tp rank's partial sum of the output."""
 
@@ -53,20 +73,25 @@ class SdarAttention(nn.Module):
         self.q_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
         self.k_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
 
-    def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
-        """[T, D] -> [T, D], a partial sum over tp. No collective."""
-        num_tokens = x_TD.shape[0]
-        q = self.q_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        k = self.k_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        v = self.v_proj(x_TD).view(num_tokens, -1, self.head_dim)
-        cos, sin, impl = layout.cos, layout.sin, self.options.fused_kernels
-        q = qk_norm_rope(q, self.q_norm(), self.eps, cos, sin, impl)
-        k = qk_norm_rope(k, self.k_norm(), self.eps, cos, sin, impl)
-        options = self.options
+    def forward(
+        self, x_TD: Tensor, layout: TokenLayout, selected: SelectedTokens | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D], or [M, D] of the selected tokens; a partial sum over tp.
+
+        Keys and values are those of all T tokens in any case. No collective.
+        """
+        options, impl = self.options, self.options.fused_kernels
+        k = self.k_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        v = self.v_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        k = qk_norm_rope(k, self.k_norm(), self.eps, layout.cos, layout.sin, impl)
+        if selected is not None:
+            x_TD, layout = x_TD.index_select(0, selected.positions), selected.layout
+        q = self.q_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        q = qk_norm_rope(q, self.q_norm(), self.eps, layout.cos, layout.sin, impl)
         out = block_diffusion_attention(
             q, k, v, layout.mask, options.attention_backend, options.attention_config
         )
-        return self.o_proj(out.reshape(num_tokens, -1))
+        return self.o_proj(out.reshape(x_TD.shape[0], -1))
 
 
 def _key_value_projection(

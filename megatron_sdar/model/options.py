@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+from sdar_kernels.flex_attention import FLEX_BLOCK
 from sdar_kernels.triton_configs import AttentionConfig
 
 
@@ -20,6 +22,8 @@ class ModelOptions:
         attention_backend: resolved name (sdar_kernels.attention_backend.choose_backend).
         fused_kernels: "torch" or "triton" (sdar_kernels.fused_kernels.choose_fused_kernels).
         attention_config: tile sizes of the triton backend; None: those chosen for the GPU.
+        trim_last_layer: the last decoder layer computes only the tokens that carry loss, beyond
+            the keys and values of all. Exact.
     """
 
     padded_vocab_size: int
@@ -29,3 +33,20 @@ class ModelOptions:
     attention_backend: str
     fused_kernels: str = "torch"
     attention_config: AttentionConfig | None = None
+    trim_last_layer: bool = True
+
+    def loss_multiple(self, num_tokens: int, tp_size: int) -> int:
+        """What a micro-batch's loss positions are padded to a multiple of.
+
+        Args:
+            num_tokens: of the micro-batch.
+            tp_size: tensor-parallel ranks; sequence parallelism splits the trimmed tokens evenly.
+        """
+        multiple = tp_size if self.sequence_parallel else 1
+        if self.attention_backend == "flex" and self.trim_last_layer:
+            # FlexAttention compiles a graph for every number of queries, which takes many
+            # seconds, and the number of masked tokens changes with every row. In steps of a
+            # sixteenth of the row at most about 16 graphs are ever compiled, in practice a few.
+            sixteenth = -(-num_tokens // (16 * FLEX_BLOCK)) * FLEX_BLOCK
+            multiple = math.lcm(multiple, sixteenth)
+        return multiple

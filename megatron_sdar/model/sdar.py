@@ -3,14 +3,18 @@
 A stage owns a contiguous range of decoder layers, the first one also the embedding, the last
 one also the final norm and the head. The whole model is the stage that owns everything.
 Forward is a for loop; collectives are entered by the region they serve, never by name here.
-Shapes: hidden states are [T, D], or [T / tp, D] between layers under sequence parallelism.
+Shapes: hidden states are [T, D], or [T / tp, D] between layers under sequence parallelism. Only M
+tokens carry loss: the last layer's output, the final norm and the head are [M, D] or [M / tp, D].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.rms_norm import rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu
@@ -20,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sdar.architecture import Architecture
-from megatron_sdar.model.attention import SdarAttention, TokenLayout
+from megatron_sdar.model.attention import SdarAttention, SelectedTokens, TokenLayout
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.parallel.collectives import enter_parallel_region, leave_parallel_region
 from megatron_sdar.parallel.cross_entropy import VocabShard, vocab_parallel_cross_entropy
@@ -50,7 +54,12 @@ class StageRange:
 class DeviceBatch:
     """One micro-batch on the compute device; fields as in diffusion.rows.Row.
 
-    `loss_scale` is this micro-batch's factor in the step's loss (1 / global label count).
+    Attributes:
+        loss_positions, target_ids, loss_weights: [M], M at least 1; padded with entries of
+            weight 0 (see training.batch).
+        loss_scale: this micro-batch's factor in the step's loss (1 / global label count).
+        selected_mask: the mask of the queries at loss_positions; only the stage that trims its
+            last layer needs it.
     """
 
     input_ids: Tensor
@@ -60,10 +69,19 @@ class DeviceBatch:
     target_ids: Tensor
     loss_weights: Tensor
     loss_scale: float
+    selected_mask: AttentionMask | None = None
 
     @property
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[0])
+
+    def at(self, positions: NDArray[np.int64]) -> DeviceBatch:
+        """The same tokens, but logits are wanted at these positions [M]; targets stay behind."""
+        return replace(
+            self,
+            loss_positions=torch.from_numpy(positions).to(self.input_ids.device),
+            selected_mask=self.mask.select(positions),
+        )
 
 
 class SdarMLP(nn.Module):
@@ -99,26 +117,58 @@ class SdarDecoderLayer(nn.Module):
         )
         self.mlp = SdarMLP(arch, tp, options)
 
-    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """Residual stream in, residual stream out.
+    def forward(
+        self, x: Tensor, layout: TokenLayout, selected: SelectedTokens | None = None
+    ) -> Tensor:
+        """Residual stream in, residual stream out: of all tokens, or of the M selected ones.
+
+        Under sequence parallelism every rank returns its part of the tokens, of the selected
+        ones [M / tp, D].
 
         Collectives: two enter/leave pairs, i.e. with sequence parallelism 2 all_gather and
         2 reduce_scatter forward and the same backward; without it 2 all_reduce each way.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(
-                self._forward, x, layout, use_reentrant=False, preserve_rng_state=False
+                self._forward, x, layout, selected, use_reentrant=False, preserve_rng_state=False
             )
-        return self._forward(x, layout)
+        return self._forward(x, layout, selected)
 
-    def _forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+    def _forward(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens | None) -> Tensor:
         group, split = self.tp.get_group(), self.sequence_parallel
-        normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
-        out = self.self_attn(enter_parallel_region(normed, group, split), layout)
-        x = x + leave_parallel_region(out, group, split)
+        if selected is None:
+            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
+            out = self.self_attn(enter_parallel_region(normed, group, split), layout)
+            x = x + leave_parallel_region(out, group, split)
+        else:
+            x = self._attend_selected(x, layout, selected)
         normed = rms_norm(x, self.post_attention_layernorm(), self.eps, self.fused_kernels)
         out = self.mlp(enter_parallel_region(normed, group, split))
         return x + leave_parallel_region(out, group, split)
+
+    def _attend_selected(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens) -> Tensor:
+        """Attention with its residual, for the selected tokens only: [M, D] or [M / tp, D]."""
+        group, split = self.tp.get_group(), self.sequence_parallel
+        if split:
+            # Gathered before the norm, since a rank's part of the selected tokens may lie on any
+            # rank: one all_gather serves attention and residual. Its backward sums over the
+            # ranks, so each one adds what its own heads and its own residual tokens send back.
+            x = enter_parallel_region(x, group, split)
+            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
+        else:
+            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
+            normed = enter_parallel_region(normed, group, split)
+        out = leave_parallel_region(self.self_attn(normed, layout, selected), group, split)
+        positions = selected.positions
+        if split:
+            positions = _own_part(positions, self.tp.get_local_rank(), self.tp.size())
+        return x.index_select(0, positions) + out
+
+
+def _own_part(positions: Tensor, rank: int, num_ranks: int) -> Tensor:
+    """[M] -> [M / tp], the tokens that reduce_scatter gives this rank."""
+    assert positions.shape[0] % num_ranks == 0, "loss positions are padded to a multiple of tp"
+    return positions.view(num_ranks, -1)[rank]
 
 
 class SdarBody(nn.Module):
@@ -153,8 +203,10 @@ class SdarStage(nn.Module):
         self.arch = arch
         self.stage = stage
         self.tp = tp
+        self.options = options
         self.fused_kernels = options.fused_kernels
         self.sequence_parallel = options.sequence_parallel and tp.size() > 1
+        self.trims = options.trim_last_layer and stage.is_last
         self.vocab_shard = VocabShard.of(tp, arch.vocab_size, options.padded_vocab_size)
         self.model = SdarBody(arch, stage, tp, options)
         if stage.is_last:
@@ -181,7 +233,7 @@ class SdarStage(nn.Module):
             hidden: the previous stage's output; None on the first stage.
             batch: the micro-batch; every stage needs its mask metadata.
             return_logits: last stage only: local logits [M, valid V / tp] of
-                `batch.loss_positions` instead of the loss.
+                `batch.loss_positions`, as they are in the batch, instead of the loss.
 
         Returns:
             Hidden states, or on the last stage the micro-batch's share of the step's loss.
@@ -195,13 +247,14 @@ class SdarStage(nn.Module):
             batch.position_ids, self.arch.head_dim, self.arch.rope_theta, x.dtype
         )
         layout = TokenLayout(batch.mask, cos, sin)
-        for layer in self.model.layers.values():
-            x = layer(x, layout)
+        layers = self.model.layers.values()
+        for layer, selected in zip(layers, self._selections(batch, layout), strict=True):
+            x = layer(x, layout, selected)
         if not self.stage.is_last:
             return x
         x = rms_norm(x, self.model.norm(), self.arch.rms_norm_eps, self.fused_kernels)
         x = enter_parallel_region(x, self.tp.get_group(), self.sequence_parallel)
-        x_MD = x.index_select(0, batch.loss_positions)
+        x_MD = x if self.trims else x.index_select(0, batch.loss_positions)
         head_VD = local_weight(self.lm_head.weight)
         if return_logits:
             return F.linear(x_MD, head_VD)[:, : self.vocab_shard.num_valid]
@@ -214,3 +267,14 @@ class SdarStage(nn.Module):
             impl=self.fused_kernels,
         )
         return loss_sum * batch.loss_scale
+
+    def _selections(
+        self, batch: DeviceBatch, layout: TokenLayout
+    ) -> Sequence[SelectedTokens | None]:
+        """Which tokens each layer computes: all, but for the model's last layer."""
+        num_layers = len(self.model.layers)
+        if not self.trims:
+            return [None] * num_layers
+        assert batch.selected_mask is not None, "the last stage needs the mask of loss_positions"
+        last = SelectedTokens.of(batch.loss_positions, batch.selected_mask, layout)
+        return [*[None] * (num_layers - 1), last]

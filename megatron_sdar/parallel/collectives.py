@@ -29,18 +29,38 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
     return x
 
 
-def _all_gather(x: Tensor, group: Group) -> Tensor:
+def all_gather_tokens(x: Tensor, group: Group) -> Tensor:
+    """[T / tp, ...] -> [T, ...]. Collective: all_gather. No autograd."""
+    whole, gathering = start_all_gather(x, group)
+    gathering.wait()
+    return whole
+
+
+def start_all_gather(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
+    """`all_gather_tokens` that computes on: the result is there after the work's wait()."""
     size = dist.get_world_size(group)
     out = x.new_empty((x.shape[0] * size, *x.shape[1:]))
-    dist.all_gather_single(out, x.contiguous(), group=group)
-    return out
+    work = dist.all_gather_single(out, x.contiguous(), group=group, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return out, work
 
 
-def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+def start_reduce_scatter(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
+    """[T, ...] partial sums -> [T / tp, ...], there after the work's wait(). No autograd.
+
+    `x` must stay as it is until then.
+    """
     size = dist.get_world_size(group)
     assert x.shape[0] % size == 0, "token axis is a multiple of tp (validated)"
     out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
-    dist.reduce_scatter_single(out, x.contiguous(), group=group)
+    work = dist.reduce_scatter_single(out, x, group=group, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return out, work
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    out, work = start_reduce_scatter(x.contiguous(), group)
+    work.wait()
     return out
 
 
@@ -70,7 +90,7 @@ class _GatherFromSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _all_gather(x, group)
+        return all_gather_tokens(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -85,7 +105,7 @@ class _ReduceScatterToSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_gather(grad, ctx.group), None
+        return all_gather_tokens(grad, ctx.group), None
 
 
 def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
@@ -33,7 +30,7 @@ from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize
 from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
 from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_world
+from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel
 from megatron_sdar.training.data import (
     describe_pack,
     make_loader,
@@ -67,13 +64,12 @@ def total_steps(config: SdarConfig, loader: RowLoader, mesh: ParallelMesh) -> in
 
     The noise of all epochs decides how many rows they become, so every rank counts a part.
 
-    Collective: all_reduce (world) unless max_steps is given.
+    Collective: all_reduce (dp) unless max_steps is given.
     """
     if config.training.max_steps > 0:
         return config.training.max_steps
-    epochs, rank = config.training.num_train_epochs, dist.get_rank()
-    share = loader.count_rows(epochs, rank, dist.get_world_size())
-    rows = float(sum_over_world(torch.tensor(share, dtype=torch.float64, device=mesh.device)))
+    share = loader.count_rows(config.training.num_train_epochs, mesh.dp_rank, mesh.dp_size)
+    rows = sum_over_data_parallel(share, mesh)
     return max(1, math.ceil(round(rows / loader.rows_per_step, 6)))
 
 
@@ -295,7 +291,8 @@ class TrainingRun:
         if loader.grouped is not None:
             lines.append(
                 f"exact savings: {loader.packed_rows_per_row:.2f} rows of "
-                f"{self.config.data.cutoff_len} document tokens fit in one (semantics: paper takes 1)"
+                f"{self.config.data.cutoff_len} document tokens fit in one "
+                "(semantics: paper has room for 1)"
             )
         return "\n".join(lines)
 

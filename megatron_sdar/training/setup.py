@@ -88,6 +88,7 @@ def make_stages(
         attention_backend=kernels.attention,
         fused_kernels=kernels.fused_kernels,
         attention_config=kernels.attention_config,
+        trim_last_layer=config.diffusion.semantics == "exact",
     )
     stages = build_stages(
         arch,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.diffusion.loss import micro_batch_scales
 from megatron_sdar.diffusion.rows import Row
-from megatron_sdar.model.sdar import EMBEDDING, HEAD, SdarStage
+from megatron_sdar.model.sdar import EMBEDDING, HEAD, DeviceBatch, SdarStage
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.data_parallel import mark_backward
 from megatron_sdar.parallel.gradients import (
@@ -84,6 +84,7 @@ class TrainingStep:
         self.parameters = named_parameters(stages)
         self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
         self.tied_name = self._tied_copy(arch)
+        self.selects = any(stage.trims for stage in stages)
         split = mesh.tp_size if stages[0].sequence_parallel else 1
         self.executor = PipelineExecutor(
             stages,
@@ -111,14 +112,17 @@ class TrainingStep:
         total_labels = int(sum_over_data_parallel(sum(counts), self.mesh))
         scales = micro_batch_scales(counts, total_labels, self.normalization, self.mesh.dp_size)
         batches = [
-            to_device(row, self.mesh.device, scale)
-            for row, scale in zip(micro_batches, scales, strict=True)
+            self._batch(row, scale) for row, scale in zip(micro_batches, scales, strict=True)
         ]
         local_loss = self.executor.run(batches)
         gradients = local_gradients(self.parameters)
         sum_partial_gradients(gradients, self.partial_names, self.mesh)
         sum_tied_gradients(gradients, self.tied_name, self.mesh)
         return self._share_loss(local_loss), total_labels
+
+    def _batch(self, row: Row, scale: float) -> DeviceBatch:
+        multiple = self.stages[0].options.loss_multiple(row.num_tokens, self.mesh.tp_size)
+        return to_device(row, self.mesh.device, scale, multiple_of=multiple, selects=self.selects)
 
     def _share_loss(self, local_loss: Tensor) -> Tensor:
         # Every tp rank of the last stage holds the same loss: only the first one's counts.

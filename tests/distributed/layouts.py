@@ -49,6 +49,7 @@ class Layout:
     fused: str = "torch"
     ragged: bool = False
     bf16: bool = False
+    trim: bool = True
 
     @property
     def world(self) -> int:
@@ -82,13 +83,17 @@ LAYOUTS = [
     Layout("one_process_tied", tied=True),
     Layout("one_process_ragged_micro_batches", ragged=True),
     Layout("one_process_reference_attention", backend="reference"),
+    Layout("one_process_untrimmed", trim=False),
     Layout("tp2", tp=2),
     Layout("tp2_sp", tp=2, sequence_parallel=True),
     Layout("tp2_sp_recompute", tp=2, sequence_parallel=True, recompute=True),
+    Layout("tp2_sp_untrimmed", tp=2, sequence_parallel=True, trim=False),
+    Layout("tp2_sp_rows_without_masks", tp=2, sequence_parallel=True, silent_half=True),
     Layout("tp2_tied", tp=2, tied=True),
     Layout("tp2_sp_kv_heads_below_tp", tp=2, kv_heads=1, sequence_parallel=True),
     Layout("pp2", pp=2),
     Layout("pp2_recompute", pp=2, recompute=True),
+    Layout("pp2_untrimmed", pp=2, trim=False),
     Layout("pp2_tied", pp=2, tied=True),
     Layout("pp2_uneven", pp=2, layers=(3, 2)),
     Layout("pp2_ragged_micro_batches", pp=2, ragged=True),
@@ -123,11 +128,13 @@ TRITON = [
     Layout("tp2_sp_triton", tp=2, sequence_parallel=True, backend="triton", fused="triton"),
     Layout("pp2_ragged_triton", pp=2, ragged=True, backend="triton", fused="triton"),
 ]
-TRITON_SLOW = [
-    Layout("one_process_triton_recompute", backend="triton", fused="triton", recompute=True),
-    Layout("tp2_triton_tied", tp=2, tied=True, backend="triton", fused="triton"),
-    Layout("dp2_no_masks_triton", dp=2, silent_half=True, backend="triton", fused="triton"),
-    Layout("tp2_pp2_triton", tp=2, pp=2, sequence_parallel=True, backend="triton", fused="triton"),
+# Every layout of the list with each backend: a proof of half an hour.
+EVERY_FLEX = [
+    replace(layout, name=f"every_{layout.name}_flex", backend="flex") for layout in LAYOUTS
+]
+EVERY_TRITON = [
+    replace(layout, name=f"every_{layout.name}_triton", backend="triton", fused="triton")
+    for layout in LAYOUTS
 ]
 EIGHT = [
     Layout("tp2_pp2_dp2", tp=2, pp=2, dp=2, sequence_parallel=True),
@@ -203,6 +210,7 @@ def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdam
         recompute=layout.recompute,
         attention_backend=layout.backend,
         fused_kernels=layout.fused,
+        trim_last_layer=layout.trim,
     )
     stages = build_stages(arch, mesh, options, layout.vpp, layout.layers, layout.strategy, compute)
     materialize(stages, mesh.device)

@@ -20,8 +20,11 @@ from sdar_kernels import tile_runs
 from sdar_kernels.block_mask import AttentionMask
 from torch import Tensor
 
+from megatron_sdar.model import sdar
+from megatron_sdar.model.attention import SelectedTokens, TokenLayout
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.parallel import collectives
+from megatron_sdar.training import batch as training_batch
 from megatron_sdar.training import step as training_step
 
 Patch = Callable[[], mock._patch]
@@ -98,6 +101,30 @@ def _no_input_gradient_sum() -> mock._patch:
     )
 
 
+def _first_ranks_residual() -> mock._patch:
+    """Every tp rank adds the residual of the first rank's share of the trimmed tokens."""
+    return mock.patch.object(
+        sdar, "_own_part", lambda positions, rank, num_ranks: positions.view(num_ranks, -1)[0]
+    )
+
+
+def _trimmed_queries_at_the_row_start() -> mock._patch:
+    """Trimmed queries are rotated as if they were the row's first tokens."""
+
+    def of(positions: Tensor, mask: AttentionMask, layout: TokenLayout) -> SelectedTokens:
+        cos, sin = (table[: positions.shape[0]] for table in (layout.cos, layout.sin))
+        return SelectedTokens(positions, TokenLayout(mask, cos, sin))
+
+    return mock.patch.object(SelectedTokens, "of", staticmethod(of))
+
+
+def _loss_padding_with_weight() -> mock._patch:
+    def padded(values: np.ndarray, num_padding: int) -> np.ndarray:
+        return np.concatenate((values, np.ones(num_padding, dtype=values.dtype)))
+
+    return mock.patch.object(training_batch, "_padded", padded)
+
+
 MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "no_partial_sum": (_no_partial_sum, Layout("m1", tp=2, sequence_parallel=True)),
     "no_qk_norm_sum": (_no_qk_norm_sum, Layout("m2", tp=2)),
@@ -108,6 +135,12 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "no_input_gradient_sum": (_no_input_gradient_sum, Layout("m7", tp=2)),
     "middle_stage_without_metadata": (_middle_stage_without_metadata, Layout("m8", pp=4)),
     "middle_stage_without_positions": (_middle_stage_without_positions, Layout("m9", pp=4)),
+    "first_ranks_residual": (_first_ranks_residual, Layout("m10", tp=2, sequence_parallel=True)),
+    "trimmed_queries_at_the_row_start": (_trimmed_queries_at_the_row_start, Layout("m11")),
+    "loss_padding_with_weight": (
+        _loss_padding_with_weight,
+        Layout("m12", tp=2, sequence_parallel=True),
+    ),
 }
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from distributed.layouts import (
+    EVERY_FLEX,
+    EVERY_TRITON,
     FLEX,
     TRITON,
-    TRITON_SLOW,
     Layout,
     mismatches,
     read_result,
@@ -40,7 +41,7 @@ def _run(layout: Layout, directory: Path) -> None:
 def _run_all(layouts: list[Layout], directory: Path, environment: dict[str, str]) -> Path:
     for world in sorted({layout.world for layout in layouts}):
         jobs = [(_run, (layout, directory)) for layout in layouts if layout.world == world]
-        run_world(world, jobs, directory, environment)
+        run_world(world, jobs, directory, environment, time_limit=3600)
     return directory
 
 
@@ -70,16 +71,29 @@ def test_triton_equals_oracle(layout: Layout, triton: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def triton_slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _run_all(TRITON_SLOW, tmp_path_factory.mktemp("triton_slow"), INTERPRETER)
+def every_flex(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(EVERY_FLEX, tmp_path_factory.mktemp("every_flex"), {})
+
+
+@pytest.fixture(scope="module")
+def every_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(EVERY_TRITON, tmp_path_factory.mktemp("every_triton"), INTERPRETER)
+
+
+@pytest.mark.backends
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", EVERY_FLEX, ids=lambda layout: layout.name)
+def test_flex_equals_oracle_in_every_layout(layout: Layout, every_flex: Path) -> None:
+    result = read_result(layout, every_flex)
+    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.backends
 @pytest.mark.usefixtures("single_process")
-@pytest.mark.parametrize("layout", TRITON_SLOW, ids=lambda layout: layout.name)
-def test_triton_equals_oracle_in_more_layouts(layout: Layout, triton_slow: Path) -> None:
-    result = read_result(layout, triton_slow)
+@pytest.mark.parametrize("layout", EVERY_TRITON, ids=lambda layout: layout.name)
+def test_triton_equals_oracle_in_every_layout(layout: Layout, every_triton: Path) -> None:
+    result = read_result(layout, every_triton)
     assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
 
 

@@ -41,11 +41,13 @@ def run_world(
     jobs: Sequence[Job],
     directory: Path,
     environment: Mapping[str, str] | None = None,
+    time_limit: float = 600,
 ) -> None:
     """Run jobs in order on `world_size` processes; raises with the ranks' tracebacks.
 
     Args:
         environment: variables that the processes find set before their first import.
+        time_limit: seconds that each process may take.
     """
     directory.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
@@ -57,7 +59,7 @@ def run_world(
         for process in ranks:
             process.start()
     for process in ranks:
-        process.join(timeout=600)
+        process.join(timeout=time_limit)
     hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for rank in hung:
         ranks[rank].kill()

@@ -19,7 +19,7 @@ from sdar_kernels.triton_attention import triton_attention
 from sdar_kernels.triton_configs import AttentionConfig, KernelConfig
 from sdar_kernels.triton_search import search_config
 from torch import Tensor
-from unit.intervals import random_intervals
+from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import pack, random_document, random_packing
 
 CPU = torch.device("cpu")
@@ -78,8 +78,9 @@ def _errors(
         return reference.attention(q, k, v, mask.key_intervals)
 
     num_heads, num_kv_heads, head_dim = heads
-    counts = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    shapes = [(mask.num_tokens, count, head_dim) for count in counts]
+    queries = (mask.num_tokens, num_heads, head_dim)
+    keys = (mask.num_keys, num_kv_heads, head_dim)
+    shapes = [queries, keys, keys, queries]
     return _max_errors(ours, exact, _inputs(mask.num_tokens, shapes, dtype))
 
 
@@ -107,6 +108,33 @@ def test_any_two_ranges(seed: int) -> None:
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_some_of_the_queries(seed: int) -> None:
+    """One, all, some and repeated ones of a row's queries, over all of its keys."""
+    block = (1, 4)[seed // 4]
+    mask = random_packing(200 + seed, block, max_documents=3, max_blocks=16 // block).mask()
+    chosen = mask.select(some_queries(seed, mask))
+    found = _errors(chosen, HEADS[seed % 5], torch.float64, CONFIGS[seed % 3])
+    assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_some_of_the_queries_of_any_two_ranges(seed: int) -> None:
+    mask = AttentionMask.build(random_intervals(seed, 20 + seed))
+    chosen = mask.select(some_queries(seed, mask))
+    found = _errors(chosen, HEADS[seed % 5], torch.float64, CONFIGS[seed % 3])
+    assert max(found.values()) < 1e-12, found
+
+
+def test_keys_that_nobody_reads_have_no_gradient() -> None:
+    documents = [random_document(np.random.default_rng(seed), 4, 6, False) for seed in (1, 2)]
+    whole = pack(documents, 4, 3).mask()
+    chosen = whole.select(queries_without_a_document(whole))
+    assert chosen.num_tokens < whole.num_tokens
+    found = _errors(chosen, (4, 2, 16), torch.float64, CONFIGS[0])
+    assert max(found.values()) < 1e-12, found
+
+
 @pytest.mark.parametrize("views", [0, 1, 3])
 def test_documents_with_no_noisy_part_and_with_several(views: int) -> None:
     rng = np.random.default_rng(views)
@@ -124,7 +152,7 @@ def test_one_token() -> None:
     assert max(_errors(mask, (4, 2, 16), torch.float32, CONFIGS[0]).values()) < 1e-5
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 136, 256])
 def test_every_head_dim(head_dim: int) -> None:
     mask = random_packing(3, 4).mask()
     found = _errors(mask, (4, 2, head_dim), torch.float32, CONFIGS[2])

@@ -5,8 +5,11 @@ A file of its own, since the processes that compile import it by name.
 
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
+from sdar_kernels.triton_attention import attention_specs
+from sdar_kernels.triton_configs import attention_config
 from sdar_kernels.triton_runtime import KernelSpec
 
 
@@ -89,6 +92,18 @@ def sample_specs(arch: str) -> list[KernelSpec]:
         aligned=("source", "target"),
     )
     return [attention_spec("attention sample"), copy]
+
+
+def full_width_specs(arch: str) -> list[KernelSpec]:
+    """SDAR's forward kernel, with steps of equal size where those with the mask fit the registers.
+
+    Elsewhere as it is shipped.
+    """
+    shipped = attention_config(arch, 128, torch.bfloat16, 4)
+    if arch in ("sm_90", "sm_100"):
+        forward = replace(shipped.forward, masked=shipped.forward.keys)
+        shipped = replace(shipped, forward=forward)
+    return attention_specs(arch, shipped, 128, torch.bfloat16, 4)[:1]
 
 
 def faulty_specs(arch: str) -> list[KernelSpec]:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sdar_kernels import ahead_of_time, shipped_kernels, triton_configs
 from sdar_kernels.ahead_of_time import ARCHITECTURES, compile_spec
 from sdar_kernels.triton_runtime import KernelSpec
@@ -184,6 +185,21 @@ def test_the_kernels_for_sdar_can_be_shipped(tmp_path: Path) -> None:
         report = kernels_of(result, path)["attention_forward bf16 d128 g4", arch]["report"]
         full, masked = report["loops"]
         assert masked["instructions"] <= 1.7 * full["instructions"], arch
+
+
+def test_the_mask_costs_little_per_key(tmp_path: Path) -> None:
+    """A step with the mask may be narrower, which hides what the mask adds: counted per key."""
+    path = tmp_path / "kernels.json"
+    result = run(
+        "-c", SAMPLES.format(kernels="full_width_specs"), "--json", str(path),
+        *(f"--arch={arch}" for arch in ("sm_80", "sm_90", "sm_100", "sm_120")),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    for (_, arch), kernel in kernels_of(result, path).items():
+        launch = triton_configs.attention_config(arch, 128, torch.bfloat16, 4).forward
+        masked_keys = launch.keys if arch in ("sm_90", "sm_100") else launch.masked
+        full, masked = (loop["instructions"] for loop in kernel["report"]["loops"])
+        assert masked / masked_keys <= 1.7 * full / launch.keys, arch
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from megatron_sdar.benchmark.attention import (
     measure_attention,
 )
 from megatron_sdar.benchmark.attention_paths import DENSE, PER_DOCUMENT, make_path
-from megatron_sdar.benchmark.attention_plans import packed_lengths, plan_figures
+from megatron_sdar.benchmark.attention_plans import COUNTED_HEADS, packed_lengths, plan_figures
 from megatron_sdar.benchmark.attention_report import plot_attention, show_attention
 
 TOY = AttentionOptions(
@@ -134,5 +134,26 @@ def test_rows_are_filled_by_documents_in_their_range() -> None:
 
 
 def test_waste_of_a_row_is_that_of_its_worst_plan() -> None:
-    figures = plan_figures([96, 32], 4, HeadLayout(4, 2, 64))
+    figures = plan_figures([96, 32], 4, [HeadLayout(4, 2, 64)])
     assert figures.waste == max(figures.tiled, figures.triton) > 1
+
+
+def test_waste_of_several_head_layouts_is_that_of_the_worst() -> None:
+    layouts = [HeadLayout(16, 8, 128), HeadLayout(32, 4, 128)]
+    one, other = (plan_figures([256, 1028], 4, [heads]).triton for heads in layouts)
+    assert one != other
+    assert plan_figures([256, 1028], 4, layouts).triton == max(one, other)
+
+
+@pytest.mark.parametrize("heads", COUNTED_HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [
+        (packed_lengths(20480, 128, 1024, 4), 1.25),
+        (packed_lengths(20480, 256, 2048, 4), 1.12),
+        ([20480], 1.02),
+    ],
+    ids=["128-1024", "256-2048", "long"],
+)
+def test_waste_is_within_the_goals(heads: HeadLayout, lengths: list[int], most: float) -> None:
+    assert plan_figures(lengths, 4, [heads]).waste <= most

@@ -13,7 +13,7 @@ from sdar_kernels.flex_attention import (
 )
 from sdar_kernels.reference import dense_mask
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from unit.intervals import random_intervals
+from unit.intervals import random_intervals, some_queries
 from unit.packings import Packing, concatenated, random_packing, rule_mask
 
 BLOCK_LENGTHS = (1, 2, 3, 4, 8)
@@ -131,15 +131,17 @@ LISTS = (
 )
 
 
-def _assert_torchs_own(intervals: np.ndarray, tile: tuple[int, int], case: str) -> BlockMask:
+def _assert_torchs_own(
+    intervals: np.ndarray, tile: tuple[int, int], case: str, num_keys: int | None = None
+) -> BlockMask:
     """`interval_block_mask` against `create_block_mask`, every tensor; returns ours."""
     device_intervals = torch.from_numpy(intervals)
     num_rows = intervals.shape[0] if intervals.ndim == 3 else 1
     num_tokens = intervals.shape[-2]
-    ours = interval_block_mask(intervals, device_intervals, tile)
+    ours = interval_block_mask(intervals, device_intervals, tile, num_keys)
     theirs = create_block_mask(
-        interval_mask_mod(device_intervals), num_rows, 1, num_tokens, num_tokens, "cpu",
-        BLOCK_SIZE=tile,
+        interval_mask_mod(device_intervals), num_rows, 1, num_tokens, num_keys or num_tokens,
+        "cpu", BLOCK_SIZE=tile,
     )  # fmt: skip
     assert ours.seq_lengths == theirs.seq_lengths
     assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
@@ -221,3 +223,52 @@ def test_the_number_of_pairs_is_that_of_the_dense_mask(packing: Packing) -> None
 def test_impossible_intervals_are_refused(intervals: list[list[int]], what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         AttentionMask.build(np.array(intervals, dtype=np.int32))
+
+
+def test_selected_queries_see_the_keys_they_saw(packing: Packing) -> None:
+    mask, dense = packing.mask(), _dense(packing)
+    for seed in range(4):
+        positions = some_queries(seed, mask)
+        chosen = mask.select(positions)
+        assert (chosen.num_tokens, chosen.num_keys) == (positions.size, mask.num_tokens)
+        assert torch.equal(dense_mask(chosen.key_intervals, chosen.num_keys), dense[positions])
+        assert torch.equal(chosen.key_intervals, torch.from_numpy(chosen.host_intervals))
+        assert chosen.num_pairs == int(dense[positions].sum())
+        again = chosen.select(np.arange(positions.size)[::-1].copy())
+        assert torch.equal(
+            dense_mask(again.key_intervals, again.num_keys), dense[positions].flip(0)
+        )
+
+
+def test_a_selection_makes_its_own_plans() -> None:
+    mask = random_packing(3, 4).mask()
+    chosen = mask.select(np.arange(mask.num_tokens))
+    assert chosen.plan(make_block_mask) is not mask.plan(make_block_mask)
+
+
+def test_keys_beyond_the_axis_are_refused() -> None:
+    intervals = np.array([[0, 3, 0, 0]], dtype=np.int32)
+    assert AttentionMask.build(intervals, num_keys=3).num_keys == 3
+    with pytest.raises(AssertionError, match="behind the last key"):
+        AttentionMask.build(intervals, num_keys=2)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (7, 5), (64, 16)])
+def test_tile_counts_of_selected_queries(tile: tuple[int, int]) -> None:
+    for seed in range(16):
+        mask = random_packing(seed, 1 + seed % 6).mask()
+        chosen = mask.select(some_queries(seed, mask))
+        dense = dense_mask(chosen.key_intervals, chosen.num_keys).numpy()
+        rows, columns = (-(-size // step) for size, step in zip(dense.shape, tile, strict=True))
+        padded = np.zeros((rows * tile[0], columns * tile[1]), dtype=np.int64)
+        padded[: dense.shape[0], : dense.shape[1]] = dense
+        expected = padded.reshape(rows, tile[0], columns, tile[1]).sum(axis=(1, 3))
+        assert np.array_equal(tile_counts(chosen.host_intervals, *tile, chosen.num_keys), expected)
+
+
+def test_block_mask_of_selected_queries_is_torchs() -> None:
+    for seed in range(40):
+        mask = random_packing(2000 + seed, (1, 4, 16)[seed % 3], max_blocks=20).mask()
+        chosen = mask.select(some_queries(seed, mask))
+        tile = ((16, 16), (32, 64))[seed % 2]
+        _assert_torchs_own(chosen.host_intervals, tile, f"seed {seed}", chosen.num_keys)

@@ -141,7 +141,7 @@ def test_a_resumed_run_walks_from_its_group() -> None:
 
 def test_a_state_of_the_other_semantics_is_refused() -> None:
     exact, paper = make_loader(options=EXACT), make_loader()
-    with pytest.raises(ValueError, match="cannot resume: .*semantics was 'paper', now 'exact'"):
+    with pytest.raises(ValueError, match=r"cannot resume: .*semantics was 'paper', now 'exact'"):
         exact.load_state_dict(paper.state_dict())
 
 

@@ -9,7 +9,7 @@ from sdar_kernels import reference
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.self_check import document_intervals
 from sdar_kernels.tile_groups import TilePlan, TileSizes, make_tile_plan, waste
-from unit.intervals import random_intervals
+from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import random_packing
 
 # Cuts everything that can be cut: tiles, and batches of documents and blocks.
@@ -18,8 +18,8 @@ LARGE = TileSizes(64, 128, 48, batch_keys=4096)
 
 
 def _covered(mask: AttentionMask, plan: TilePlan, num_kv_heads: int) -> NDArray[np.int64]:
-    """How often each (query, key) pair is computed and not hidden, per key head; [K, T, T]."""
-    times = np.zeros((num_kv_heads, mask.num_tokens, mask.num_tokens), dtype=np.int64)
+    """How often each (query, key) pair is computed and not hidden, per key head; [K, T, S]."""
+    times = np.zeros((num_kv_heads, mask.num_tokens, mask.num_keys), dtype=np.int64)
     for key_set in plan.key_sets:
         keys = key_set.rows.index.view(key_set.batch, key_set.extent).numpy()
         for tile in key_set.tiles:
@@ -40,9 +40,11 @@ def _covered(mask: AttentionMask, plan: TilePlan, num_kv_heads: int) -> NDArray[
 def test_a_plan_computes_every_allowed_pair_once(sizes: TileSizes) -> None:
     masks = [random_packing(seed, 4).mask() for seed in range(4)]
     masks += [AttentionMask.build(random_intervals(seed, 40)) for seed in range(4)]
+    masks += [mask.select(some_queries(seed, mask)) for seed, mask in enumerate(masks)]
+    masks.append(masks[0].select(queries_without_a_document(masks[0])))
     for mask in masks:
         plan = make_tile_plan(mask, 2, sizes)
-        allowed = reference.dense_mask(mask.key_intervals).numpy()
+        allowed = reference.dense_mask(mask.key_intervals, mask.num_keys).numpy()
         assert (_covered(mask, plan, 2) == allowed).all()
         assert plan.num_pairs >= mask.num_pairs
 
@@ -101,3 +103,11 @@ def test_narrow_tiles_of_first_ranges_are_kept_one_behind_the_other() -> None:
             at += kept * key_set.batch * tile.rows.num_tokens * tile.width
     assert 0 < at == plan.num_kept
     assert make_tile_plan(mask, 2, TileSizes(kept_keys=0)).num_kept == 0
+
+
+def test_more_queries_than_keys() -> None:
+    """Sizes of ranges and numbers of queries are packed into one number, which must hold both."""
+    mask = AttentionMask.build(document_intervals([8], 4)).select(np.full(300, 12))
+    plan = make_tile_plan(mask, 1, TileSizes())
+    allowed = reference.dense_mask(mask.key_intervals, mask.num_keys).numpy()
+    assert (_covered(mask, plan, 1) == allowed).all()

@@ -12,7 +12,7 @@ from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.reference import dense_mask
 from sdar_kernels.self_check import document_intervals
 from sdar_kernels.tile_runs import make_key_tiles, make_query_tiles
-from unit.intervals import random_intervals
+from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import random_packing
 
 SIZES = [(8, 16, 8), (3, 16, 4), (32, 8, 8), (1, 1, 1), (64, 64, 32)]
@@ -23,6 +23,14 @@ def _masks() -> Iterator[AttentionMask]:
         yield random_packing(seed, (1, 4, 3, 8, 16)[seed % 5], max_blocks=12).mask()
     for seed in range(12):
         yield AttentionMask.build(random_intervals(seed, 40 + seed))
+    for seed in range(24):
+        mask = random_packing(100 + seed, (1, 4, 3, 8, 16)[seed % 5], max_blocks=12).mask()
+        yield mask.select(some_queries(seed, mask))
+    for seed in range(8):
+        mask = AttentionMask.build(random_intervals(seed, 40 + seed))
+        yield mask.select(some_queries(seed, mask))
+    mask = AttentionMask.build(document_intervals([40, 24], block=4, padding=3))
+    yield mask.select(queries_without_a_document(mask))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def masks() -> list[AttentionMask]:
 
 
 def _dense(mask: AttentionMask) -> NDArray[np.int64]:
-    return dense_mask(mask.key_intervals).numpy().astype(np.int64)
+    return dense_mask(mask.key_intervals, mask.num_keys).numpy().astype(np.int64)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -42,7 +50,7 @@ def test_query_tiles_compute_the_mask(
     for mask in masks:
         total = mask.num_tokens
         intervals = mask.host_intervals
-        computed = np.zeros((total, total), dtype=np.int64)
+        computed = np.zeros((total, mask.num_keys), dtype=np.int64)
         queries = np.zeros(total, dtype=np.int64)
         plan = make_query_tiles(mask, *sizes)
         pairs = 0
@@ -70,8 +78,8 @@ def test_key_tiles_compute_the_mask(
     for mask in masks:
         total = mask.num_tokens
         intervals = mask.host_intervals
-        computed = np.zeros((total, total), dtype=np.int64)
-        keys = np.zeros(total, dtype=np.int64)
+        computed = np.zeros((total, mask.num_keys), dtype=np.int64)
+        keys = np.zeros(mask.num_keys, dtype=np.int64)
         plan = make_key_tiles(mask, *sizes)
         runs = plan.runs.tolist()
         pairs = 0
@@ -123,3 +131,22 @@ def test_little_more_is_computed_than_allowed(lengths: tuple[int, int], goal: fl
     queries = make_query_tiles(mask, 32, 64, 32).num_pairs
     keys = make_key_tiles(mask, 16, 64, 8).num_pairs
     assert (5 * queries + 4 * keys) / 9 / mask.num_pairs <= goal
+
+
+def test_key_tiles_of_selected_queries_begin_where_copies_begin() -> None:
+    """A document's masked tokens: its keys are cut as for all queries, with no tile in vain."""
+    mask = AttentionMask.build(document_intervals([200, 60], block=4))
+    chosen = mask.select(np.arange(260, 520))
+    starts = make_key_tiles(chosen, 16, 64, 8).tiles[:, 0].sort().values.tolist()
+    all_starts = make_key_tiles(mask, 16, 64, 8).tiles[:, 0].sort().values.tolist()
+    assert {0, 200, 260, 460} <= set(starts)
+    assert starts == all_starts
+
+
+def test_keys_that_nobody_reads_have_tiles_without_runs() -> None:
+    mask = AttentionMask.build(document_intervals([40, 24], block=4))
+    plan = make_key_tiles(mask.select(queries_without_a_document(mask)), 16, 16, 8)
+    unread = plan.tiles[plan.tiles[:, 2] == plan.tiles[:, 3]]
+    keys = [key for start, end, _, _ in unread.tolist() for key in range(start, end)]
+    # The clean and, but for what shares a tile with the next document, the noisy copy.
+    assert set(keys) == {*range(40), *range(72, 104)}

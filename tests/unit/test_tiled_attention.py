@@ -16,7 +16,7 @@ from sdar_kernels.tile_groups import TileSizes, make_tile_plan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from unit.intervals import random_intervals
+from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import concatenated, random_packing
 
 # Cuts everything that can be cut: tiles, batches of documents and blocks, and rows of a tile.
@@ -36,14 +36,23 @@ def _one_thread() -> Iterator[None]:
 
 
 def _inputs(
-    seed: int, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+    seed: int,
+    num_tokens: int,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    num_keys: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """q, k, v and an upstream gradient."""
+    """q, k, v and an upstream gradient; as many keys as queries unless told."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads, head_dim = heads
     return tuple(
-        torch.randn(num_tokens, count, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-        for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        torch.randn(size, count, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+        for size, count in (
+            (num_tokens, num_heads),
+            (num_keys or num_tokens, num_kv_heads),
+            (num_keys or num_tokens, num_kv_heads),
+            (num_tokens, num_heads),
+        )
     )
 
 
@@ -128,6 +137,39 @@ def test_ragged_documents_in_either_order_in_fp64(
     )
     mask = AttentionMask.build(intervals)
     assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64), sizes) < 1e-12
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    block_length=st.sampled_from([1, 3, 4, 8, 32]),
+    heads=st.sampled_from(HEADS),
+    sizes=any_sizes,
+    random=st.booleans(),
+)
+def test_some_of_the_queries_in_fp64(
+    seed: int, block_length: int, heads: tuple[int, int, int], sizes: TileSizes, random: bool
+) -> None:
+    if random:
+        mask = AttentionMask.build(random_intervals(seed, 1 + seed % 70))
+    else:
+        mask = random_packing(seed, block_length, max_blocks=max(2, 32 // block_length)).mask()
+    chosen = mask.select(some_queries(seed, mask))
+    tensors = _inputs(seed, chosen.num_tokens, heads, torch.float64, chosen.num_keys)
+    assert _worst(chosen, tensors, sizes) < 1e-12
+
+
+@pytest.mark.parametrize("sizes", [TileSizes(), SMALL])
+def test_keys_that_nobody_reads_have_no_gradient(sizes: TileSizes) -> None:
+    mask = AttentionMask.build(document_intervals([40, 24], 4, padding=3))
+    chosen = mask.select(queries_without_a_document(mask))
+    tensors = _inputs(0, chosen.num_tokens, (4, 2, 8), torch.float64, chosen.num_keys)
+    assert _worst(chosen, tensors, sizes) < 1e-12
+    _, _, *of_keys = _tiled(chosen, tensors, sizes)
+    for gradient in of_keys:
+        assert (gradient[:40] == 0).all()
+        assert (gradient[64:104] == 0).all()
+        assert (gradient[40:60] != 0).all()
 
 
 def test_concatenated_rows_in_fp64() -> None:

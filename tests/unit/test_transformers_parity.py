@@ -95,9 +95,8 @@ def _without_padding(name: str, value: Tensor) -> Tensor:
 
 def _our_logits(stage: SdarStage, row: Row) -> Tensor:
     batch = to_device(row, CPU, 1.0)
-    batch = replace(batch, loss_positions=torch.arange(row.num_tokens))
     with torch.no_grad():
-        return stage(None, batch, return_logits=True)
+        return stage(None, batch.at(np.arange(row.num_tokens)), return_logits=True)
 
 
 def _additive(allowed: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_configs import (
     ARCHITECTURES,
     HEAD_DIMS,
-    MAX_HEAD_DIM_FP32,
+    MAX_GROUP,
     attention_config,
     default_config,
     listed_architecture,
@@ -38,13 +38,14 @@ def test_triton_on_cpu_is_refused_with_the_reason() -> None:
 def test_there_is_a_configuration_for_every_head_size_and_dtype(arch: str) -> None:
     for head_dim in (16, 48, *HEAD_DIMS):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            if dtype == torch.float32 and head_dim > MAX_HEAD_DIM_FP32:
-                continue
-            config = attention_config(arch, head_dim, dtype)
-            for kernel in (config.forward, config.backward_queries, config.backward_keys):
-                for size in (kernel.rows, kernel.keys, kernel.masked):
-                    assert size >= 16, "a matrix instruction needs 16"
-                    assert size & (size - 1) == 0, "tiles are powers of two"
+            for group in (1, 2, 3, 4, 8, MAX_GROUP):
+                config = attention_config(arch, head_dim, dtype, group)
+                for kernel in (config.forward, config.backward_queries, config.backward_keys):
+                    for size in (kernel.rows, kernel.keys, kernel.masked):
+                        assert size >= 16, "a matrix instruction needs 16"
+                        assert size & (size - 1) == 0, "tiles are powers of two"
+                    if group > 1:
+                        assert kernel.rows // group <= 32, "waste grows with a tile's queries"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_a_gpu_takes_the_newest_listed_form_that_suits_it(arch: str, listed: str
             assert problem == f"no configuration for {arch}"
         else:
             assert problem is None
-            config = default_config(device, 128, torch.bfloat16)
-            assert config == attention_config(listed, 128, torch.bfloat16)
+            config = default_config(device, 128, torch.bfloat16, 4)
+            assert config == attention_config(listed, 128, torch.bfloat16, 4)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_gpu_takes_the_newest_listed_form_that_suits_it(arch: str, listed: str
         (HeadLayout(8, 4, 320), torch.bfloat16, "head_dim 320 is above 256"),
         (HeadLayout(64, 2, 64), torch.bfloat16, "32 query heads share a key head"),
         (HeadLayout(8, 4, 64), torch.float64, "no fp64 form on a GPU"),
-        (HeadLayout(8, 4, 256), torch.float32, "no fp32 form above head_dim 128"),
+        (HeadLayout(8, 4, 257), torch.float32, "head_dim 257 is above 256"),
     ],
 )
 def test_what_has_no_form_says_so(heads: HeadLayout, dtype: torch.dtype, said: str) -> None:

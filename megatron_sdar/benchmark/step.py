@@ -1,0 +1,307 @@
+"""One optimizer step measured: published code, ours without and with savings, and the floor.
+
+All forms train on the same documents, from the same weights, with the same noise, and take their
+steps in turn in one process; their losses are compared before anything is timed. The floor is the
+time that the products of our step would take at the rate of a large matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_sdar.benchmark.step_clock import ProductRate, StepTime, time_step
+from megatron_sdar.benchmark.step_data import Corpus, Document
+from megatron_sdar.benchmark.step_forms import (
+    EXACT,
+    EXACT_BF16,
+    FORMS,
+    PAPER,
+    PEER,
+    Form,
+    OwnForm,
+    PeerForm,
+    make_form,
+)
+from megatron_sdar.benchmark.step_memory import StepMemory, measure_memory
+from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_own import can_trim, plain_weights
+from megatron_sdar.benchmark.step_parallel import LayoutFigures, measure_layouts
+from megatron_sdar.benchmark.step_rows import Packing, choose_documents
+from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
+
+_LOSS_TOLERANCE = {PAPER: 1e-4, EXACT: 1e-4, EXACT_BF16: 2e-2}
+_TIMEOUT_SECONDS = 3600
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FormFigures:
+    """One form at one row length.
+
+    Attributes:
+        length: document tokens of a published row; rows have twice as many.
+        rows, fill: of the step, and the occupied share of their tokens.
+        row_tokens, answer_tokens: of the step: all tokens of its rows; label tokens.
+        seconds, cpu_seconds: of a step, medians; rounds: how many.
+        answer_tokens_per_s, row_tokens_per_s: by the clock.
+        flops: of the form's own products; mfu: them over seconds at the rate of the product.
+        loss: of the first step.
+        memory: peak of a step over the first two rows; None for a form that is not measured.
+    """
+
+    length: int
+    form: str
+    rows: int
+    fill: float
+    row_tokens: int
+    answer_tokens: int
+    seconds: float
+    cpu_seconds: float
+    rounds: int
+    answer_tokens_per_s: float
+    row_tokens_per_s: float
+    flops: int
+    mfu: float
+    loss: float
+    memory: StepMemory | None
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What `measure_step` finds.
+
+    Attributes:
+        forms: every form at every length.
+        layouts: parallel overhead.
+        product_gflops: rate of the matrix product by dtype.
+        ratios: the figures with goals, see `_ratios`.
+        cpu_speedups: answer tokens per CPU second of exact over those of the peer, by length.
+            Far from the speedup by the clock: other programs took cores from one of the two.
+        notes: what the figures are divided by, and other things a reader must know.
+    """
+
+    forms: tuple[FormFigures, ...]
+    layouts: tuple[LayoutFigures, ...]
+    product_gflops: dict[str, float]
+    ratios: dict[str, float]
+    cpu_speedups: dict[int, float]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The ratios first, on top level."""
+        details = asdict(self)
+        return {**details.pop("ratios"), **details}
+
+    def form(self, length: int, name: str) -> FormFigures:
+        return next(each for each in self.forms if (each.length, each.form) == (length, name))
+
+
+def measure_step(options: StepOptions, corpus: Corpus, say: Say) -> StepFigures:
+    """Measure everything.
+
+    Args:
+        options: what is measured.
+        corpus: documents to choose from.
+        say: called with what is being measured.
+
+    Raises:
+        ValueError: too few documents, or forms whose losses differ.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", _TIMEOUT_SECONDS)
+    try:
+        forms, rates, notes = _measure_forms(options, corpus, say)
+    finally:
+        stop_process_group()
+        torch.set_num_threads(threads)
+    layouts = measure_layouts(options, corpus.documents, say)
+    ratios = _ratios(options, forms, layouts, rates)
+    gflops = {name: rate / 1e9 for name, rate in rates.items()}
+    cpu_speedups = _cpu_speedups(options, forms)
+    return StepFigures(tuple(forms), tuple(layouts), gflops, ratios, cpu_speedups, tuple(notes))
+
+
+def _measure_forms(
+    options: StepOptions, corpus: Corpus, say: Say
+) -> tuple[list[FormFigures], dict[str, float], list[str]]:
+    say("building the models")
+    own = {name: make_form(name, options, None) for name in FORMS if name != PEER}
+    first = own[PAPER]
+    assert isinstance(first, OwnForm)
+    peer = make_form(PEER, options, plain_weights(first.training))
+    assert isinstance(peer, PeerForm)
+    forms: dict[str, Form] = {PEER: peer, **own}
+    products = {
+        "float32": ProductRate(options.gemm_size, torch.float32),
+        "bfloat16": ProductRate(options.gemm_size, torch.bfloat16),
+    }
+    timed = [
+        each
+        for length in options.lengths
+        for each in _time_length(options, corpus.documents, length, forms, products, say)
+    ]
+    shape = options.shape(options.lengths[0])
+    fitting = [each for each in corpus.documents if each.ids.size <= shape.length]
+    whole, kept = (len(pack(fitting).rows) for pack in (shape.pack_whole, shape.pack_kept))
+    rates = {name: product.best for name, product in products.items()}
+    figures = [each.figures(rates) for each in timed]
+    notes = _notes(options, corpus, peer.num_parameters)
+    notes.append(
+        f"The documents of a step were chosen to fill the rows of both packings. All "
+        f"{len(fitting)} documents that were read give {whole} published rows of "
+        f"2 x {shape.length} and {kept} with exact savings: {whole / kept:.2f} to 1."
+    )
+    return figures, rates, notes
+
+
+@dataclass
+class _Timed:
+    """What is known of one form at one length before the rates are."""
+
+    length: int
+    form: str
+    packing: Packing
+    row_tokens: int
+    answer_tokens: int
+    flops: int
+    loss: float
+    times: list[StepTime]
+    memory: StepMemory | None = None
+
+    def figures(self, rates: Mapping[str, float]) -> FormFigures:
+        seconds = median(each.seconds for each in self.times)
+        rate = rates["bfloat16" if self.form == EXACT_BF16 else "float32"]
+        return FormFigures(
+            length=self.length,
+            form=self.form,
+            rows=len(self.packing.rows),
+            fill=self.packing.fill,
+            row_tokens=self.row_tokens,
+            answer_tokens=self.answer_tokens,
+            seconds=seconds,
+            cpu_seconds=median(each.cpu_seconds for each in self.times),
+            rounds=len(self.times),
+            answer_tokens_per_s=self.answer_tokens / seconds,
+            row_tokens_per_s=self.row_tokens / seconds,
+            flops=self.flops,
+            mfu=self.flops / seconds / rate,
+            loss=self.loss,
+            memory=self.memory,
+        )
+
+
+def _time_length(
+    options: StepOptions,
+    corpus: Sequence[Document],
+    length: int,
+    forms: Mapping[str, Form],
+    products: Mapping[str, ProductRate],
+    say: Say,
+) -> list[_Timed]:
+    """All forms in turn on one set of documents; the first steps are for the losses only."""
+    shape = options.shape(length)
+    documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, length)
+    say(f"rows of 2 x {length} tokens, {len(documents)} documents: first steps, losses")
+    timed = []
+    for name, form in forms.items():
+        form.bind(documents, shape)
+        packing = form.packing(documents, shape)
+        row_tokens = 2 * length * len(packing.rows)
+        answers = sum(document.num_labels for document in documents)
+        loss = time_step(form.step).loss
+        timed.append(
+            _Timed(length, name, packing, row_tokens, answers, form.flops().total, loss, [])
+        )
+        _check_loss(name, loss, timed[0].loss)
+        say(f"  {name}: loss {loss:.6f}")
+    for number in range(max(options.rounds, options.peer_rounds)):
+        say(f"  round {number + 1}")
+        for product in products.values():
+            product.measure()
+        for each in timed:
+            if number < (options.peer_rounds if each.form == PEER else options.rounds):
+                each.times.append(time_step(forms[each.form].step))
+    for each in timed:
+        if each.form != EXACT_BF16:
+            say(f"  memory of {each.form}")
+            each.memory = measure_memory(each.form, options, length, documents)
+    return timed
+
+
+def _check_loss(name: str, loss: float, expected: float) -> None:
+    if name != PEER and abs(loss - expected) > _LOSS_TOLERANCE[name] * abs(expected):
+        raise ValueError(
+            f"{name} has loss {loss}, the peer {expected}: they do not compute the same, so "
+            "nothing was timed; this is a defect: please report it"
+        )
+
+
+def _ratios(
+    options: StepOptions,
+    forms: Sequence[FormFigures],
+    layouts: Sequence[LayoutFigures],
+    rates: Mapping[str, float],
+) -> dict[str, float]:
+    """The figures that have goals. Of one row length where none is named: the first."""
+    by_name = {(each.length, each.form): each for each in forms}
+    speedups, memory = {}, {}
+    for length in options.lengths:
+        peer, exact = by_name[length, PEER], by_name[length, EXACT]
+        speedups[f"speedup_vs_peer_{length}"] = exact.answer_tokens_per_s / peer.answer_tokens_per_s
+        memory[f"memory_vs_peer_{length}"] = _peak_mb(exact) / _peak_mb(peer)
+    first = options.lengths[0]
+    paper, exact, bf16 = (by_name[first, name] for name in (PAPER, EXACT, EXACT_BF16))
+    return {
+        **speedups,
+        "speedup_vs_paper_semantics": exact.answer_tokens_per_s / paper.answer_tokens_per_s,
+        "floor_share_fp32": exact.flops / rates["float32"] / exact.seconds,
+        "floor_share_bf16": bf16.flops / rates["bfloat16"] / bf16.seconds,
+        **memory,
+        **{f"{each.layout}_cpu_ratio": each.cpu_ratio for each in layouts},
+    }
+
+
+def _cpu_speedups(options: StepOptions, forms: Sequence[FormFigures]) -> dict[int, float]:
+    cpu = {(each.length, each.form): each.cpu_seconds for each in forms}
+    return {length: cpu[length, PEER] / cpu[length, EXACT] for length in options.lengths}
+
+
+def _peak_mb(form: FormFigures) -> float:
+    assert form.memory is not None, f"memory of {form.form} was measured"
+    return form.memory.total_mb
+
+
+def _notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> list[str]:
+    first = options.lengths[0]
+    notes = [
+        f"Model: {num_parameters / 1e6:.1f} M parameters, counted in transformers; untied head; "
+        f"block length {options.block_length}; {options.threads} torch threads.",
+        "answer tokens/s: label tokens of the documents, masked or not, over the median seconds "
+        "of an optimizer step (all rows forward and backward, clipping, fused AdamW). All forms "
+        "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
+        "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
+        "trainer on the blocks that the loss depends on, packed by what is left"
+        + (", and a last layer without unused outputs." if can_trim() else "."),
+        "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
+        "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
+        "MFU: them over seconds over the rate of a product of "
+        f"{options.gemm_size} x {options.gemm_size}: best of the rounds' medians in this run.",
+        "floor: seconds that exact's FLOPs take at that rate. speedup_vs_paper_semantics and "
+        f"floor_share are of rows of 2 x {first}.",
+        "memory: peak resident memory of a fresh process over its state before the model was "
+        "built, one step over two rows, fp32. 'beyond state': over weights and AdamW moments.",
+        "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process.",
+    ]
+    if corpus.num_folded:
+        notes.append(
+            f"{corpus.num_folded} token ids of the input were folded into the model's vocabulary "
+            f"(id modulo {options.arch.vocab_size - 1}): lengths and labels are real, ids are not."
+        )
+    return notes

@@ -1,0 +1,55 @@
+"""Clocks of the step benchmark: of one optimizer step, and of the product that sets the limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+_PRODUCTS = 5
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Attributes: wall seconds, CPU seconds of all threads of the process, the step's loss."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+def time_step(step: Callable[[], float]) -> StepTime:
+    """Run and time one step, which returns its loss."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    loss = step()
+    return StepTime(time.perf_counter() - wall, time.process_time() - cpu, loss)
+
+
+class ProductRate:
+    """FLOPs per second of a square product: the limit of a dtype on this machine.
+
+    Measured between the steps of every round; the best of the rounds' medians counts, since
+    whatever slows a round down is not the machine's limit.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self._left, self._right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        self._out = torch.empty_like(self._left)
+        self._flops = 2 * size**3
+        self.rounds: list[float] = []
+
+    def measure(self) -> None:
+        """One round."""
+        times = []
+        for _ in range(_PRODUCTS):
+            start = time.perf_counter()
+            torch.mm(self._left, self._right, out=self._out)
+            times.append(time.perf_counter() - start)
+        self.rounds.append(self._flops / median(times))
+
+    @property
+    def best(self) -> float:
+        return max(self.rounds)

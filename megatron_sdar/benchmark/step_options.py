@@ -1,0 +1,101 @@
+"""What the step benchmark measures: the model, the rows and how often."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from megatron_sdar.architecture import Architecture
+from megatron_sdar.benchmark.step_rows import RowShape
+from megatron_sdar.config import OptimConfig
+
+
+def _benchmark_model() -> Architecture:
+    """42 million parameters in the proportions of the smallest Qwen3."""
+    return Architecture(
+        vocab_size=16_384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=False,
+        max_position_embeddings=32_768,
+    )
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Attributes:
+    arch: the model; its last token id is the mask token.
+    lengths: document tokens of a row; rows hold two copies of as many.
+    rows: published rows of one optimizer step.
+    rounds, peer_rounds: of our forms and of the peer, after one that does not count.
+    threads: of torch, in the comparison of forms.
+    block_length, seed: as in training.
+    gemm_size: of the square product that sets the limit.
+    max_documents: of the input that are read.
+    parallel_length, parallel_rows, parallel_rounds: of the comparison of layouts.
+    """
+
+    arch: Architecture = field(default_factory=_benchmark_model)
+    lengths: tuple[int, ...] = (2048, 4096)
+    rows: int = 4
+    rounds: int = 3
+    peer_rounds: int = 1
+    threads: int = os.cpu_count() or 1
+    block_length: int = 4
+    seed: int = 0
+    gemm_size: int = 2048
+    max_documents: int = 2000
+    parallel_length: int = 512
+    parallel_rows: int = 8
+    parallel_rounds: int = 3
+
+    @property
+    def optim(self) -> OptimConfig:
+        return OptimConfig(learning_rate=1e-4)
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.arch.vocab_size - 1
+
+    def shape(self, length: int) -> RowShape:
+        return RowShape(length, self.block_length, self.mask_token_id)
+
+    def quick(self) -> StepOptions:
+        """The same at toy size: everything runs, no figure means anything."""
+        arch = replace(
+            self.arch,
+            vocab_size=1024,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+        return replace(
+            self,
+            arch=arch,
+            lengths=(256,),
+            rows=2,
+            rounds=1,
+            gemm_size=128,
+            max_documents=100,
+            parallel_length=128,
+            parallel_rows=2,
+            parallel_rounds=1,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StepOptions:
+        arch = Architecture(**values["arch"])
+        return cls(**{**values, "arch": arch, "lengths": tuple(values["lengths"])})

@@ -1,0 +1,152 @@
+"""Parallel overhead: CPU time of all ranks of a layout over that of one process, same work.
+
+On a machine with few cores the wall clock of several ranks says little; the CPU time that they
+spend beyond one process's is what parallelism costs (copies, smaller products, repeated work,
+waiting that spins). All worlds stay alive and take their step in turn, one thread per rank.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from megatron_sdar.benchmark.step_clock import StepTime
+from megatron_sdar.benchmark.step_data import Document, save_documents
+from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_own import ONE_PROCESS, Layout
+from megatron_sdar.benchmark.step_rows import choose_documents
+
+LAYOUTS = (Layout("tp2", tp=2), Layout("pp2", pp=2), Layout("dp2", dp=2))
+_LOSS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class LayoutFigures:
+    """One layout.
+
+    Attributes:
+        cpu_ratio: CPU seconds of all ranks over those of one process; median over the rounds.
+        cpu_seconds, seconds: all ranks' CPU time and the slowest rank's clock, medians.
+        one_process_seconds: CPU time of the one process, median.
+    """
+
+    layout: str
+    cpu_ratio: float
+    cpu_seconds: float
+    seconds: float
+    one_process_seconds: float
+
+
+class _World:
+    """The ranks of one layout, waiting for steps."""
+
+    def __init__(self, layout: Layout, arguments: Sequence[str]) -> None:
+        self.layout = layout
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._ranks = [
+            subprocess.Popen(
+                [
+                    # env(1) adds to what we inherit what torchrun would set.
+                    "env", f"RANK={rank}", f"LOCAL_RANK={rank}", f"WORLD_SIZE={layout.world}",
+                    "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}", "OMP_NUM_THREADS=1",
+                    sys.executable, "-m", "megatron_sdar.benchmark.step_rank",
+                    *arguments, json.dumps(asdict(layout)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(layout.world)
+        ]  # fmt: skip
+
+    def step(self) -> list[StepTime]:
+        """One step on every rank."""
+        for process in self._ranks:
+            assert process.stdin is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+        return [self._answer(process) for process in self._ranks]
+
+    def _answer(self, process: subprocess.Popen[str]) -> StepTime:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise ValueError(f"a rank of {self.layout.name} ended; its message is above")
+        return StepTime(**json.loads(line))
+
+    def close(self) -> None:
+        """End the ranks; one that does not end by itself is killed."""
+        for process in self._ranks:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self._ranks:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def measure_layouts(
+    options: StepOptions, corpus: Sequence[Document], say: Callable[[str], None]
+) -> list[LayoutFigures]:
+    """Measure every layout beside one process.
+
+    Raises:
+        ValueError: the layouts' losses differ, or a rank failed.
+    """
+    shape = options.shape(options.parallel_length)
+    documents = choose_documents(
+        corpus, [shape.pack_kept], options.parallel_rows, options.parallel_length
+    )
+    say(
+        f"parallel overhead: {options.parallel_rows} micro-batches of {2 * shape.length} tokens, "
+        f"one thread per rank, {options.parallel_rounds} rounds in turn"
+    )
+    with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
+        options_file, documents_file = Path(folder, "options.json"), Path(folder, "documents.npz")
+        options_file.write_text(json.dumps(options.to_json()), encoding="utf-8")
+        save_documents(documents, documents_file)
+        arguments = (str(options_file), str(documents_file))
+        worlds: list[_World] = []
+        losses: dict[str, float] = {}
+        try:
+            for layout in (ONE_PROCESS, *LAYOUTS):
+                worlds.append(_World(layout, arguments))
+                # Its first step now: the ranks of one world start at a time.
+                _check_loss(worlds[-1].step(), losses, layout.name)
+            rounds = [[world.step() for world in worlds] for _ in range(options.parallel_rounds)]
+        finally:
+            for world in worlds:
+                world.close()
+    return [_figures(layout, rounds, place + 1) for place, layout in enumerate(LAYOUTS)]
+
+
+def _check_loss(ranks: Sequence[StepTime], losses: dict[str, float], name: str) -> None:
+    losses[name] = ranks[0].loss
+    one = losses[ONE_PROCESS.name]
+    if abs(losses[name] - one) > _LOSS_TOLERANCE * abs(one):
+        raise ValueError(f"{name} has loss {losses[name]}, one process {one}: not the same work")
+
+
+def _figures(
+    layout: Layout, rounds: Sequence[Sequence[list[StepTime]]], place: int
+) -> LayoutFigures:
+    cpu = [[sum(rank.cpu_seconds for rank in world) for world in each] for each in rounds]
+    return LayoutFigures(
+        layout=layout.name,
+        cpu_ratio=median(each[place] / each[0] for each in cpu),
+        cpu_seconds=median(each[place] for each in cpu),
+        seconds=median(max(rank.seconds for rank in each[place]) for each in rounds),
+        one_process_seconds=median(each[0] for each in cpu),
+    )

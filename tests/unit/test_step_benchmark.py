@@ -1,0 +1,167 @@
+"""The step benchmark at toy size: what it reports, and that all forms do the same work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from sdar_kernels.reference import dense_mask
+
+from megatron_sdar.benchmark import step
+from megatron_sdar.benchmark.step_data import Document, load_documents, save_documents
+from megatron_sdar.benchmark.step_forms import EXACT, EXACT_BF16, PAPER, PEER
+from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_peer import dense_row_mask, peer_rows
+from megatron_sdar.benchmark.step_rows import RowShape, choose_documents
+from megatron_sdar.diffusion.noise import NoiseDraw
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = RowShape(length=32, block_length=4, mask_token_id=99)
+RATIOS = (
+    "speedup_vs_peer_256", "speedup_vs_paper_semantics", "floor_share_fp32", "floor_share_bf16",
+    "memory_vs_peer_256", "tp2_cpu_ratio", "pp2_cpu_ratio", "dp2_cpu_ratio",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Figures, what was printed, and the plot of `tools/benchmark.py step --quick`."""
+    folder = tmp_path_factory.mktemp("step")
+    command = [
+        sys.executable, "tools/benchmark.py", "step", "--quick", "--peer-rounds", "1",
+        "--json", str(folder / "step.json"), "--plot", str(folder / "step.png"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+    return figures, done.stdout, folder / "step.png"
+
+
+def test_every_figure_is_there_and_positive(quick: tuple[dict[str, Any], str, Path]) -> None:
+    figures, _, plot = quick
+    assert tuple(figures)[: len(RATIOS)] == RATIOS
+    assert all(figures[name] > 0 for name in RATIOS)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_forms_trained_on_the_same_loss(quick: tuple[dict[str, Any], str, Path]) -> None:
+    forms = {form["form"]: form for form in quick[0]["forms"]}
+    assert list(forms) == [PEER, PAPER, EXACT, EXACT_BF16]
+    loss = forms[PEER]["loss"]
+    assert loss > 1
+    for name, form in forms.items():
+        assert form["loss"] == pytest.approx(loss, rel=2e-2 if name == EXACT_BF16 else 1e-4)
+        assert form["answer_tokens"] == forms[PEER]["answer_tokens"]
+        assert form["row_tokens"] == form["rows"] * 512
+        assert form["rounds"] == 1
+    assert forms[EXACT]["flops"] < forms[PAPER]["flops"] < forms[PEER]["flops"]
+
+
+def test_the_denominators_are_printed(quick: tuple[dict[str, Any], str, Path]) -> None:
+    _, printed, _ = quick
+    for words in (*RATIOS, "answer tokens/s:", "floor:", "memory:", "cpu ratio:", "M parameters"):
+        assert words in printed
+
+
+def test_input_without_a_tokenizer_is_refused() -> None:
+    command = [sys.executable, "tools/benchmark.py", "step", "--input", "some.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: --input needs --tokenizer: a model directory\n"
+
+
+def _documents(count: int, *, silent: bool = False) -> list[Document]:
+    rng = np.random.default_rng(0)
+    documents = []
+    for _ in range(count):
+        ids = rng.integers(1, 90, size=4 * int(rng.integers(2, 5))).astype(np.int32)
+        labels = ids.copy()
+        labels[:3] = -100
+        prob = float(rng.uniform(0.2, 0.9))
+        masked = (labels != -100) & (rng.random(ids.size) < prob) & (not silent)
+        documents.append(Document(ids, labels, NoiseDraw(prob, masked)))
+    return documents
+
+
+def test_the_peer_has_the_mask_and_tokens_of_our_rows() -> None:
+    documents = _documents(5)
+    theirs, ours = peer_rows(documents, SHAPE), SHAPE.whole_rows(documents)
+    assert len(theirs) == len(ours) > 1
+    for peer, row in zip(theirs, ours, strict=True):
+        documents_end = row.num_tokens - row.num_padding
+        half = documents_end // 2
+        # Ours has the clean copy first, and all padding at the end.
+        noisy, clean = np.arange(half), SHAPE.length + np.arange(half)
+        order = np.concatenate((clean, noisy))
+        mask = dense_mask(torch.from_numpy(row.key_intervals))
+        assert torch.equal(
+            dense_row_mask(peer)[np.ix_(order, order)], mask[:documents_end, :documents_end]
+        )
+        assert np.array_equal(peer.input_ids[order], row.input_ids[:documents_end])
+        assert np.array_equal(peer.position_ids[order], row.position_ids[:documents_end])
+        assert np.array_equal(peer.targets, row.target_ids)
+        assert np.allclose(peer.weights, row.loss_weights)
+        assert peer.num_labels == row.num_label_tokens
+
+
+def test_both_packings_hold_every_document_once() -> None:
+    documents = [*_documents(6), *_documents(1, silent=True)]
+    labels = sum(document.num_labels for document in documents)
+    for packing in (SHAPE.pack_whole(documents), SHAPE.pack_kept(documents)):
+        assert sorted(number for row in packing.rows for number in row) == list(range(7))
+        assert 0 < packing.fill <= 1
+    for rows in (SHAPE.whole_rows(documents), SHAPE.kept_rows(documents)):
+        assert sum(row.num_label_tokens for row in rows) == labels
+
+
+def test_chosen_documents_fill_their_rows() -> None:
+    corpus = _documents(60)
+    chosen = choose_documents(corpus, [SHAPE.pack_whole, SHAPE.pack_kept], 3, 32)
+    assert len(SHAPE.pack_whole(chosen).rows) == 3
+    assert min(SHAPE.pack_whole(chosen).fill, SHAPE.pack_kept(chosen).fill) > 0.9
+
+
+def test_too_few_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="too few documents of at most 32 tokens to fill 3 rows"):
+        choose_documents(_documents(2), [SHAPE.pack_whole], 3, 32)
+
+
+def test_documents_survive_a_file(tmp_path: Path) -> None:
+    documents = _documents(3)
+    save_documents(documents, tmp_path / "documents.npz")
+    for before, after in zip(documents, load_documents(tmp_path / "documents.npz"), strict=True):
+        assert np.array_equal(before.ids, after.ids)
+        assert np.array_equal(before.labels, after.labels)
+        assert np.array_equal(before.noise.masked, after.noise.masked)
+        assert before.noise.mask_prob == after.noise.mask_prob
+
+
+def test_options_survive_json() -> None:
+    options = StepOptions(rows=7).quick()
+    assert StepOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
+
+
+def test_forms_that_disagree_stop_the_run() -> None:
+    step._check_loss(EXACT, 2.0001, 2.0)
+    with pytest.raises(ValueError, match=r"exact has loss 2\.1, the peer 2\.0"):
+        step._check_loss(EXACT, 2.1, 2.0)
+    with (
+        mock.patch.dict(step._LOSS_TOLERANCE, {EXACT: 1e-9}),
+        pytest.raises(ValueError, match="nothing was timed"),
+    ):
+        step._check_loss(EXACT, 2.0001, 2.0)
+
+
+def test_a_model_of_42_million_parameters() -> None:
+    arch = StepOptions().arch
+    projections = arch.hidden_size * arch.head_dim * 2 * (8 + 4)
+    layer = projections + 3 * arch.hidden_size * arch.intermediate_size
+    vocabulary = 2 * arch.vocab_size * arch.hidden_size
+    assert 41.9e6 < 8 * layer + vocabulary < 42.0e6
