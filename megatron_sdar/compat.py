@@ -147,7 +147,8 @@ def _fold_recompute(values: dict[str, object]) -> None:
         said["gradient_checkpointing"] = "full" if checkpointing else "none"
     if len(set(said.values())) > 1:
         raise ValueError(
-            f"{' and '.join(said)} contradict each other; keep recompute_granularity: full | none"
+            f"{' and '.join(said)} contradict each other; "
+            "keep recompute_granularity: full | selective | none"
         )
     values["recompute_granularity"] = next(iter(said.values()), "full")
 

@@ -291,7 +291,10 @@ class TrainingConfig:
     bf16: bool = _key("compute in bfloat16 over float32 weights", False)
     fp64: bool = _key("compute in float64, to verify numerics", False)
     recompute_granularity: str | None = _key(
-        "recompute each layer in the backward pass; default: full", None, choices=("full", "none")
+        "what the backward pass computes again: full: whole layers (least memory, a third more "
+        "work); selective: norms, rotations and SwiGLU only (nearly free); none. Default: full",
+        None,
+        choices=("full", "selective", "none"),
     )
     disable_gradient_checkpointing: bool = _key(
         "LLaMA-Factory's recompute_granularity: none", False

@@ -1,6 +1,6 @@
 """Which form of norm, rotary embedding, SwiGLU and loss runs, and why.
 
-A Triton kernel is used only after it has reproduced the torch form in fp64 on this device,
+A Triton kernel is used only after it has reproduced the reference in fp64 on this device,
 forward and backward, at the model's own hidden size and head dim: compilers and drivers fail in
 ways that no version number tells. The choice is made once per run; no step falls back silently.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdar_kernels import reference
 from sdar_kernels.linear_cross_entropy import linear_cross_entropy
 from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu
@@ -91,7 +92,7 @@ def choose_fused_kernels(
 
 def _failure(check: _Check, dtype: torch.dtype) -> str | None:
     """What is wrong with the Triton form of an op, or None."""
-    exact = _outputs(check, "torch", [leaf.double() for leaf in check.leaves])
+    exact = _outputs(check, "reference", [leaf.double() for leaf in check.leaves])
     try:
         ours = _outputs(check, "triton", check.leaves)
     except Exception as error:  # whatever a compiler or a driver raises
@@ -161,18 +162,25 @@ def _checks(
 
 
 def _run_rms_norm(impl: str, x: Tensor, weight: Tensor) -> Tensor:
+    if impl == "reference":
+        return reference.rms_norm(x, weight, _EPS)
     return rms_norm(x, weight, _EPS, impl)
 
 
 def _run_qk_norm_rope(impl: str, x: Tensor, weight: Tensor) -> Tensor:
     positions = torch.arange(x.shape[0], device=x.device)
-    return qk_norm_rope(x, weight, _EPS, *rotary_tables(positions, x.shape[-1], 1e4, x.dtype), impl)
+    tables = rotary_tables(positions, x.shape[-1], 1e4, x.dtype)
+    if impl == "reference":
+        return reference.apply_rotary(reference.rms_norm(x, weight, _EPS), *tables)
+    return qk_norm_rope(x, weight, _EPS, *tables, impl)
 
 
 def _run_swiglu(impl: str, gate: Tensor, up: Tensor) -> Tensor:
-    return swiglu(gate, up, impl)
+    return reference.swiglu(gate, up) if impl == "reference" else swiglu(gate, up, impl)
 
 
 def _run_cross_entropy(targets: Tensor, impl: str, hidden: Tensor, weight: Tensor) -> Tensor:
     weights = torch.linspace(1, 3, hidden.shape[0], device=hidden.device, dtype=torch.float64)
+    if impl == "reference":
+        return reference.weighted_cross_entropy(hidden, weight, targets, weights)
     return linear_cross_entropy(hidden, weight, targets, weights, chunk_tokens=29, impl=impl)

@@ -56,3 +56,25 @@ def weighted_cross_entropy(
     """sum_i w_i * CE(hidden_i @ weight^T, target_i), a scalar; logits stored whole."""
     losses = torch.nn.functional.cross_entropy(hidden_MD @ weight_VD.T, targets_M, reduction="none")
     return (losses * loss_weights_M).sum()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2, last dim) + eps), as Hugging Face's Qwen3: x [..., D].
+
+    Statistics are fp32 at least; the normed value is rounded to the dtype of x before it meets
+    the weight.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def apply_rotary(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head: x * cos + rotate_half(x) * sin; tables [T, 1, H]."""
+    first, second = x_TNH.chunk(2, dim=-1)
+    return x_TNH * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    return torch.nn.functional.silu(gate) * up

@@ -2,29 +2,36 @@
 
 Statistics and angles are at least fp32 whatever the activations are; fp64 activations keep fp64
 statistics (verification runs). Angles are always made in fp32, because the published weights
-were trained with fp32 angles. The torch forms are the specification; with impl "triton" an op
-runs as one kernel each way, where sdar_kernels.fused_kernels says that it can.
+were trained with fp32 angles. `reference` has the plain forms. The torch forms here keep little for
+backward and pass over a tile while it is in the cache; with impl "triton" an op runs as one kernel
+each way, where sdar_kernels.fused_kernels says that it can.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of a tile per thread; a handful of such tiles of fp32 fit in a core's L2 cache.
+_TILE_ELEMENTS = 1 << 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "torch") -> Tensor:
     """weight * x / sqrt(mean(x^2, last dim) + eps); x [..., D], weight [D].
 
-    The normed value is rounded to the dtype of x before it meets the weight.
+    The normed value is rounded to the dtype of x before it meets the weight. Kept for backward:
+    x and one number per row.
     """
     if impl == "triton":
         from sdar_kernels.triton_rms_norm import RmsNorm
 
         return RmsNorm.apply(x, weight, eps)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
-    wide = x if x.dtype == torch.float64 else x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    return out
 
 
 def rotary_tables(
@@ -37,24 +44,118 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head: x * cos + rotate_half(x) * sin."""
-    first, second = x_TNH.chunk(2, dim=-1)
-    return x_TNH * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def qk_norm_rope(
     x_TNH: Tensor, weight_H: Tensor, eps: float, cos: Tensor, sin: Tensor, impl: str = "torch"
 ) -> Tensor:
-    """Queries or keys, normed per head and rotated: apply_rotary(rms_norm(x), cos, sin).
+    """Queries or keys, normed per head and rotated.
+
+    With n = rms_norm(x): n * cos + rotate_half(n) * sin. Kept for backward: x and one number per head.
 
     Args:
         x_TNH: [T, N, H], H even; any strides.
         weight_H: norm scale shared by the heads.
-        cos, sin: tables [T, 1, H] of `rotary_tables`; they get no gradient with impl "triton".
+        cos, sin: tables [T, 1, H] of `rotary_tables`; they get no gradient.
     """
     if impl == "triton":
         from sdar_kernels.triton_qk_norm_rope import QkNormRope
 
         return QkNormRope.apply(x_TNH, weight_H, eps, cos, sin)
-    return apply_rotary(rms_norm(x_TNH, weight_H, eps, impl), cos, sin)
+    assert impl == "torch", f"unresolved fused_kernels {impl!r}"
+    out: Tensor = _QkNormRope.apply(x_TNH, weight_H, eps, cos, sin)
+    return out
+
+
+def _row_tiles(x: Tensor) -> list[slice]:
+    """Parts of dim 0 that stay in a CPU's cache from one elementwise pass to the next."""
+    if x.device.type != "cpu":
+        return [slice(None)]
+    elements = _TILE_ELEMENTS * torch.get_num_threads()
+    step = max(1, elements // max(1, x[:1].numel()))
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rstd(wide: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean of squares + eps) over the last dim, kept as a dim of 1."""
+    return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad_x: Tensor) -> Tensor:
+    """Write grad_x of a tile; returns the tile's part of the weight's gradient [D].
+
+    With n = x * rstd and g = weight * grad: grad_x = rstd * (g - n * mean(g * n)).
+    """
+    normed = _wide(x) * rstd
+    # As the forward pass: the weight met the rounded value.
+    rounded = normed if normed.dtype == x.dtype else _wide(normed.to(x.dtype))
+    products = _wide(grad) * rounded
+    grad_weight = products.flatten(0, -2).sum(0)
+    mean = (products @ _wide(weight)).unsqueeze(-1).div_(x.shape[-1])
+    scaled = torch.mul(_wide(grad), _wide(weight), out=products)
+    grad_x.copy_(scaled.addcmul_(normed, mean, value=-1).mul_(rstd))
+    return grad_weight
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
+        rstd = rows.new_empty((rows.shape[0], 1), dtype=_wide(rows[:0]).dtype)
+        for tile in _row_tiles(rows):
+            wide = _wide(rows[tile])
+            rstd[tile] = _rstd(wide, eps)
+            torch.mul((wide * rstd[tile]).to(x.dtype), weight, out=out[tile])
+        ctx.save_for_backward(x, weight, rstd)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        grad_x = torch.empty_like(rows)
+        grad_weight = torch.zeros_like(weight, dtype=rstd.dtype)
+        for tile in _row_tiles(rows):
+            parts = (grad_rows[tile], rows[tile], weight, rstd[tile], grad_x[tile])
+            grad_weight += _norm_backward(*parts)
+        return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
+
+
+class _QkNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=_wide(x[:0]).dtype)
+        half = x.shape[-1] // 2
+        for tile in _row_tiles(x):
+            wide = _wide(x[tile])
+            rstd[tile] = _rstd(wide, eps)
+            normed = (wide * rstd[tile]).to(x.dtype) * weight
+            part, tile_sin = torch.mul(normed, cos[tile], out=out[tile]), sin[tile]
+            # Products rounded before the sum, as published.
+            part[..., :half] -= normed[..., half:] * tile_sin[..., :half]
+            part[..., half:] += normed[..., :half] * tile_sin[..., half:]
+        ctx.save_for_backward(x, weight, rstd, cos, sin)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, rstd, cos, sin = ctx.saved_tensors
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_weight = torch.zeros_like(weight, dtype=rstd.dtype)
+        half = x.shape[-1] // 2
+        for tile in _row_tiles(x):
+            upstream, tile_sin = grad[tile], sin[tile]
+            turned = upstream * cos[tile]
+            turned[..., :half].addcmul_(upstream[..., half:], tile_sin[..., half:])
+            turned[..., half:].addcmul_(upstream[..., :half], tile_sin[..., :half], value=-1)
+            grad_weight += _norm_backward(turned, x[tile], weight, rstd[tile], grad_x[tile])
+        return grad_x, grad_weight.to(weight.dtype), None, None, None

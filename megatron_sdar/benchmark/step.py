@@ -28,8 +28,9 @@ from megatron_sdar.benchmark.step_forms import (
     make_form,
 )
 from megatron_sdar.benchmark.step_memory import StepMemory, measure_memory
+from megatron_sdar.benchmark.step_notes import step_notes
 from megatron_sdar.benchmark.step_options import StepOptions
-from megatron_sdar.benchmark.step_own import can_trim, plain_weights
+from megatron_sdar.benchmark.step_own import plain_weights
 from megatron_sdar.benchmark.step_parallel import LayoutFigures, measure_layouts
 from megatron_sdar.benchmark.step_rows import Packing, choose_documents
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
@@ -147,18 +148,9 @@ def _measure_forms(
         for length in options.lengths
         for each in _time_length(options, corpus.documents, length, forms, products, say)
     ]
-    shape = options.shape(options.lengths[0])
-    fitting = [each for each in corpus.documents if each.ids.size <= shape.length]
-    whole, kept = (len(pack(fitting).rows) for pack in (shape.pack_whole, shape.pack_kept))
     rates = {name: product.best for name, product in products.items()}
     figures = [each.figures(rates) for each in timed]
-    notes = _notes(options, corpus, peer.num_parameters)
-    notes.append(
-        f"The documents of a step were chosen to fill the rows of both packings. All "
-        f"{len(fitting)} documents that were read give {whole} published rows of "
-        f"2 x {shape.length} and {kept} with exact savings: {whole / kept:.2f} to 1."
-    )
-    return figures, rates, notes
+    return figures, rates, step_notes(options, corpus, peer.num_parameters)
 
 
 @dataclass
@@ -276,32 +268,3 @@ def _cpu_speedups(options: StepOptions, forms: Sequence[FormFigures]) -> dict[in
 def _peak_mb(form: FormFigures) -> float:
     assert form.memory is not None, f"memory of {form.form} was measured"
     return form.memory.total_mb
-
-
-def _notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> list[str]:
-    first = options.lengths[0]
-    notes = [
-        f"Model: {num_parameters / 1e6:.1f} M parameters, counted in transformers; untied head; "
-        f"block length {options.block_length}; {options.threads} torch threads.",
-        "answer tokens/s: label tokens of the documents, masked or not, over the median seconds "
-        "of an optimizer step (all rows forward and backward, clipping, fused AdamW). All forms "
-        "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
-        "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
-        "trainer on the blocks that the loss depends on, packed by what is left"
-        + (", and a last layer without unused outputs." if can_trim() else "."),
-        "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
-        "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
-        "MFU: them over seconds over the rate of a product of "
-        f"{options.gemm_size} x {options.gemm_size}: best of the rounds' medians in this run.",
-        "floor: seconds that exact's FLOPs take at that rate. speedup_vs_paper_semantics and "
-        f"floor_share are of rows of 2 x {first}.",
-        "memory: peak resident memory of a fresh process over its state before the model was "
-        "built, one step over two rows, fp32. 'beyond state': over weights and AdamW moments.",
-        "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process.",
-    ]
-    if corpus.num_folded:
-        notes.append(
-            f"{corpus.num_folded} token ids of the input were folded into the model's vocabulary "
-            f"(id modulo {options.arch.vocab_size - 1}): lengths and labels are real, ids are not."
-        )
-    return notes

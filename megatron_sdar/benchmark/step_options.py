@@ -46,7 +46,7 @@ class StepOptions:
     lengths: tuple[int, ...] = (2048, 4096)
     rows: int = 4
     rounds: int = 3
-    peer_rounds: int = 1
+    peer_rounds: int = 2
     threads: int = os.cpu_count() or 1
     block_length: int = 4
     seed: int = 0

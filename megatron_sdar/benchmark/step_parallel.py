@@ -123,7 +123,7 @@ def measure_layouts(
         try:
             for layout in (ONE_PROCESS, *LAYOUTS):
                 worlds.append(_World(layout, arguments))
-                # Its first step now: the ranks of one world start at a time.
+                # Its first step now, which is not timed.
                 _check_loss(worlds[-1].step(), losses, layout.name)
             rounds = [[world.step() for world in worlds] for _ in range(options.parallel_rounds)]
         finally:

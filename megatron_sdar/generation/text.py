@@ -186,7 +186,7 @@ def _load_stage(
     """The whole model, filled from the directory's safetensors; SDAR's head is never tied."""
     arch = replace(arch, tie_word_embeddings=False)
     # Tiled attention on every device: FlexAttention would compile again for every length.
-    options = ModelOptions(padded_vocab_size(arch.vocab_size, 1), dtype, False, False, "tiled")
+    options = ModelOptions(padded_vocab_size(arch.vocab_size, 1), dtype, False, "none", "tiled")
     (stage,) = build_stages(arch, build_mesh(device, 1, 1), options)
     assert isinstance(stage, SdarStage)
     materialize([stage], device)

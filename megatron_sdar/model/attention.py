@@ -7,6 +7,7 @@ scales are shared by all heads, so their gradients are partial over tp.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.model.options import ModelOptions
+from megatron_sdar.model.recomputation import not_kept
 from megatron_sdar.parallel.layers import (
     ColumnParallelLinear,
     ReplicatedHeadLinear,
     ReplicatedVector,
     RowParallelLinear,
 )
+from megatron_sdar.parallel.projections import column_parallel_projections
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class SdarAttention(nn.Module):
 
     def __init__(self, arch: Architecture, tp: DeviceMesh, options: ModelOptions) -> None:
         super().__init__()
+        self.tp = tp
+        self.sequence_parallel = options.sequence_parallel and tp.size() > 1
         self.head_dim = arch.head_dim
         self.eps = arch.rms_norm_eps
         self.options = options
@@ -73,30 +78,58 @@ class SdarAttention(nn.Module):
         self.q_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
         self.k_norm = ReplicatedVector(arch.head_dim, tp, dtype, grad_partial_over_tp=True)
 
-    def forward(
-        self, x_TD: Tensor, layout: TokenLayout, selected: SelectedTokens | None = None
-    ) -> Tensor:
-        """[T, D] -> [T, D], or [M, D] of the selected tokens; a partial sum over tp.
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """The layer's input to [T, D], a partial sum over tp.
 
-        Keys and values are those of all T tokens in any case. No collective.
+        Args:
+            x: [T, D], or this tp rank's [T / tp, D] under sequence parallelism.
+
+        Collectives: see `column_parallel_projections`.
         """
-        options, impl = self.options, self.options.fused_kernels
-        k = self.k_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        v = self.v_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        k = qk_norm_rope(k, self.k_norm(), self.eps, layout.cos, layout.sin, impl)
-        if selected is not None:
-            x_TD, layout = x_TD.index_select(0, selected.positions), selected.layout
-        q = self.q_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        q = qk_norm_rope(q, self.q_norm(), self.eps, layout.cos, layout.sin, impl)
-        out = block_diffusion_attention(
-            q, k, v, layout.mask, options.attention_backend, options.attention_config
+        weights = (self.q_proj.local(), self.k_proj.local(), self.v_proj.local())
+        group, split = self.tp.get_group(), self.sequence_parallel
+        q, k, v = column_parallel_projections(x, weights, group, split)
+        return self._attend(q, k, v, layout, layout)
+
+    def forward_selected(
+        self, x_TD: Tensor, layout: TokenLayout, selected: SelectedTokens
+    ) -> Tensor:
+        """[T, D] to [M, D] of the selected tokens, a partial sum over tp. No collective.
+
+        Keys and values are those of all T tokens.
+        """
+        weights = (self.k_proj.local(), self.v_proj.local())
+        k, v = column_parallel_projections(x_TD, weights, None, False)
+        q = self.q_proj(x_TD.index_select(0, selected.positions))
+        return self._attend(q, k, v, selected.layout, layout)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> Tensor:
+        """Projected q [M, ...], k and v [T, ...] to [M, D]; `queries` has the mask."""
+        options = self.options
+        q, k, v = (x.view(x.shape[0], -1, self.head_dim) for x in (q, k, v))
+
+        def turned(x: Tensor, norm: ReplicatedVector, place: TokenLayout) -> Tensor:
+            impl = options.fused_kernels
+            return qk_norm_rope(x, norm(), self.eps, place.cos, place.sin, impl)
+
+        turned_q, turned_k = turned(q, self.q_norm, queries), turned(k, self.k_norm, keys)
+        skipped = (
+            (turned_q, lambda: turned(q, self.q_norm, queries)),
+            (turned_k, lambda: turned(k, self.k_norm, keys)),
         )
-        return self.o_proj(out.reshape(x_TD.shape[0], -1))
+        with not_kept(*skipped) if options.recompute == "selective" else nullcontext():
+            out = block_diffusion_attention(
+                turned_q, turned_k, v, queries.mask,
+                options.attention_backend, options.attention_config,
+            )  # fmt: skip
+        return self.o_proj(out.reshape(out.shape[0], -1))
 
 
 def _key_value_projection(
     hidden_size: int, num_heads: int, head_dim: int, tp: DeviceMesh, dtype: torch.dtype
-) -> nn.Module:
+) -> ColumnParallelLinear | ReplicatedHeadLinear:
     if num_heads % tp.size() == 0:
         return ColumnParallelLinear(hidden_size, num_heads * head_dim, tp, dtype)
     return ReplicatedHeadLinear(hidden_size, num_heads, head_dim, tp, dtype)

@@ -18,7 +18,8 @@ class ModelOptions:
         padded_vocab_size: vocabulary rows including padding.
         dtype: of the parameters.
         sequence_parallel: split norms and residuals over tp along tokens.
-        recompute: recompute each layer's activations in backward.
+        recompute: what backward computes again (recomputation.GRANULARITIES): "full" whole layers,
+            "selective" what is elementwise, "none" nothing.
         attention_backend: resolved name (sdar_kernels.attention_backend.choose_backend).
         fused_kernels: "torch" or "triton" (sdar_kernels.fused_kernels.choose_fused_kernels).
         attention_config: tile sizes of the triton backend; None: those chosen for the GPU.
@@ -29,7 +30,7 @@ class ModelOptions:
     padded_vocab_size: int
     dtype: torch.dtype
     sequence_parallel: bool
-    recompute: bool
+    recompute: str
     attention_backend: str
     fused_kernels: str = "torch"
     attention_config: AttentionConfig | None = None

@@ -10,6 +10,7 @@ tokens carry loss: the last layer's output, the final norm and the head are [M, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.model.attention import SdarAttention, SelectedTokens, TokenLayout
 from megatron_sdar.model.options import ModelOptions
+from megatron_sdar.model.recomputation import not_kept
 from megatron_sdar.parallel.collectives import enter_parallel_region, leave_parallel_region
 from megatron_sdar.parallel.cross_entropy import VocabShard, vocab_parallel_cross_entropy
 from megatron_sdar.parallel.layers import (
@@ -35,6 +37,7 @@ from megatron_sdar.parallel.layers import (
     VocabParallelEmbedding,
     local_weight,
 )
+from megatron_sdar.parallel.projections import column_parallel_projections
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -90,13 +93,26 @@ class SdarMLP(nn.Module):
     def __init__(self, arch: Architecture, tp: DeviceMesh, options: ModelOptions) -> None:
         super().__init__()
         dtype = options.dtype
+        self.tp = tp
+        self.sequence_parallel = options.sequence_parallel and tp.size() > 1
+        self.recompute = options.recompute
         self.fused_kernels = options.fused_kernels
         self.gate_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.up_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.down_proj = RowParallelLinear(arch.intermediate_size, arch.hidden_size, tp, dtype)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), self.fused_kernels))
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D], or [T / tp, D] under sequence parallelism, to a partial sum [T, D].
+
+        Collectives: see `column_parallel_projections`.
+        """
+        weights = (self.gate_proj.local(), self.up_proj.local())
+        group, split = self.tp.get_group(), self.sequence_parallel
+        gate, up = column_parallel_projections(x, weights, group, split)
+        activated = swiglu(gate, up, self.fused_kernels)
+        skipped = (activated, lambda: swiglu(gate, up, self.fused_kernels))
+        with not_kept(skipped) if self.recompute == "selective" else nullcontext():
+            return self.down_proj(activated)
 
 
 class SdarDecoderLayer(nn.Module):
@@ -128,7 +144,7 @@ class SdarDecoderLayer(nn.Module):
         Collectives: two enter/leave pairs, i.e. with sequence parallelism 2 all_gather and
         2 reduce_scatter forward and the same backward; without it 2 all_reduce each way.
         """
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute == "full" and torch.is_grad_enabled():
             return checkpoint(
                 self._forward, x, layout, selected, use_reentrant=False, preserve_rng_state=False
             )
@@ -137,14 +153,29 @@ class SdarDecoderLayer(nn.Module):
     def _forward(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens | None) -> Tensor:
         group, split = self.tp.get_group(), self.sequence_parallel
         if selected is None:
-            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
-            out = self.self_attn(enter_parallel_region(normed, group, split), layout)
+            normed, skipped = self._normed(x, self.input_layernorm)
+            with skipped:
+                out = self.self_attn(normed, layout)
             x = x + leave_parallel_region(out, group, split)
         else:
             x = self._attend_selected(x, layout, selected)
-        normed = rms_norm(x, self.post_attention_layernorm(), self.eps, self.fused_kernels)
-        out = self.mlp(enter_parallel_region(normed, group, split))
+        normed, skipped = self._normed(x, self.post_attention_layernorm)
+        with skipped:
+            out = self.mlp(normed)
         return x + leave_parallel_region(out, group, split)
+
+    def _normed(
+        self, x: Tensor, norm: ReplicatedVector
+    ) -> tuple[Tensor, AbstractContextManager[object]]:
+        """The normed tokens, and what to enter for the operations that read them."""
+
+        def make() -> Tensor:
+            return rms_norm(x, norm(), self.eps, self.fused_kernels)
+
+        normed = make()
+        if self.recompute != "selective":
+            return normed, nullcontext()
+        return normed, not_kept((normed, make))
 
     def _attend_selected(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens) -> Tensor:
         """Attention with its residual, for the selected tokens only: [M, D] or [M / tp, D]."""
@@ -154,11 +185,11 @@ class SdarDecoderLayer(nn.Module):
             # rank: one all_gather serves attention and residual. Its backward sums over the
             # ranks, so each one adds what its own heads and its own residual tokens send back.
             x = enter_parallel_region(x, group, split)
-            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
-        else:
-            normed = rms_norm(x, self.input_layernorm(), self.eps, self.fused_kernels)
-            normed = enter_parallel_region(normed, group, split)
-        out = leave_parallel_region(self.self_attn(normed, layout, selected), group, split)
+        normed, skipped = self._normed(x, self.input_layernorm)
+        with skipped:
+            entered = normed if split else enter_parallel_region(normed, group, split)
+            out = self.self_attn.forward_selected(entered, layout, selected)
+        out = leave_parallel_region(out, group, split)
         positions = selected.positions
         if split:
             positions = _own_part(positions, self.tp.get_local_rank(), self.tp.size())

@@ -67,8 +67,12 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp, Shard(0), dtype)
 
+    def local(self) -> Tensor:
+        """This rank's rows of W, to be multiplied with (see projections)."""
+        return local_weight(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local_weight(self.weight))
+        return F.linear(x, self.local())
 
 
 class RowParallelLinear(nn.Module):
@@ -103,8 +107,12 @@ class ReplicatedHeadLinear(nn.Module):
         shape = (num_heads * head_dim, in_features)
         self.weight = sharded_parameter(shape, tp, Replicate(), dtype)
 
+    def local(self) -> Tensor:
+        """The rows of this rank's head."""
+        return local_weight(self.weight)[self.rows]
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local_weight(self.weight)[self.rows])
+        return F.linear(x, self.local())
 
 
 class ReplicatedVector(nn.Module):

@@ -10,6 +10,7 @@ parameters, so names in checkpoints do not change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,14 +27,15 @@ from megatron_sdar.parallel.collectives import (
 
 
 def column_parallel_projections(
-    x: Tensor, weights: list[Tensor], group: Group, sequence_parallel: bool
+    x: Tensor, weights: Sequence[Tensor], group: Group | None, sequence_parallel: bool
 ) -> tuple[Tensor, ...]:
     """x W^T for each of this rank's shards W.
 
     Args:
         x: [T, D], the same on every tp rank, or with sequence parallelism this rank's [T / tp, D].
         weights: local shards [columns, D].
-        group: the tp group.
+        group: the tp group; None if x has entered the parallel region already: then no
+            collective runs.
         sequence_parallel: whether x is divided over tp by tokens.
 
     Returns:
@@ -48,11 +50,12 @@ def column_parallel_projections(
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group, sequence_parallel: bool, *weights: Tensor
+        ctx: Any, x: Tensor, group: Group | None, sequence_parallel: bool, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.split = group, sequence_parallel and dist.get_world_size(group) > 1
+        ctx.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        ctx.split = sequence_parallel and ctx.group is not None
         ctx.save_for_backward(x, *weights)
-        whole = all_gather_tokens(x, group) if ctx.split else x
+        whole = all_gather_tokens(x, ctx.group) if ctx.split else x
         return tuple(torch.mm(whole, weight.t()) for weight in weights)
 
     @staticmethod
@@ -70,7 +73,7 @@ class _Projections(torch.autograd.Function):
         summed = grad_x
         if ctx.split:
             summed, summing = start_reduce_scatter(grad_x, ctx.group)
-        elif dist.get_world_size(ctx.group) > 1:
+        elif ctx.group is not None:
             summing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if gathering is not None:
             gathering.wait()

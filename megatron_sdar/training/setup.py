@@ -84,7 +84,7 @@ def make_stages(
         ),
         dtype=dtypes.params,
         sequence_parallel=config.parallel.sequence_parallel,
-        recompute=config.training.recompute_granularity != "none",
+        recompute=config.training.recompute_granularity or "full",
         attention_backend=kernels.attention,
         fused_kernels=kernels.fused_kernels,
         attention_config=kernels.attention_config,

@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from megatron_sdar.architecture import Architecture, padded_vocab_size
 from megatron_sdar.config import OptimConfig
 from megatron_sdar.diffusion.noise import NoiseDraw
-from megatron_sdar.diffusion.rows import Row, build_row, concatenate_rows, full_copies
+from megatron_sdar.diffusion.rows import (
+    Row,
+    RowDocument,
+    build_row,
+    concatenate_rows,
+    full_copies,
+)
+from megatron_sdar.diffusion.savings import kept_copies
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.weights import initialize, materialize
@@ -39,7 +46,7 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     strategy: str = "optim_grads"
-    recompute: bool = False
+    recompute: str = "none"
     tied: bool = False
     kv_heads: int = 2
     layers: tuple[int, ...] | None = None
@@ -50,6 +57,8 @@ class Layout:
     ragged: bool = False
     bf16: bool = False
     trim: bool = True
+    savings: bool = True
+    views: int = 1
 
     @property
     def world(self) -> int:
@@ -78,30 +87,40 @@ class Layout:
 
 LAYOUTS = [
     Layout("one_process"),
-    Layout("one_process_recompute", recompute=True),
+    Layout("one_process_recompute", recompute="full"),
+    Layout("one_process_selective", recompute="selective"),
     Layout("one_process_two_rows_per_micro_batch", rows_per_micro_batch=2),
     Layout("one_process_tied", tied=True),
     Layout("one_process_ragged_micro_batches", ragged=True),
     Layout("one_process_reference_attention", backend="reference"),
+    Layout("one_process_paper", trim=False, savings=False),
     Layout("one_process_untrimmed", trim=False),
+    Layout("one_process_full_copies", savings=False),
+    Layout("one_process_two_views", views=2),
     Layout("tp2", tp=2),
     Layout("tp2_sp", tp=2, sequence_parallel=True),
-    Layout("tp2_sp_recompute", tp=2, sequence_parallel=True, recompute=True),
-    Layout("tp2_sp_untrimmed", tp=2, sequence_parallel=True, trim=False),
+    Layout("tp2_sp_recompute", tp=2, sequence_parallel=True, recompute="full"),
+    Layout("tp2_sp_paper", tp=2, sequence_parallel=True, trim=False, savings=False),
+    Layout("tp2_sp_two_views", tp=2, sequence_parallel=True, views=2),
     Layout("tp2_sp_rows_without_masks", tp=2, sequence_parallel=True, silent_half=True),
+    Layout("tp2_selective", tp=2, recompute="selective"),
+    Layout("tp2_sp_selective", tp=2, sequence_parallel=True, recompute="selective"),
     Layout("tp2_tied", tp=2, tied=True),
     Layout("tp2_sp_kv_heads_below_tp", tp=2, kv_heads=1, sequence_parallel=True),
     Layout("pp2", pp=2),
-    Layout("pp2_recompute", pp=2, recompute=True),
-    Layout("pp2_untrimmed", pp=2, trim=False),
+    Layout("pp2_recompute", pp=2, recompute="full"),
+    Layout("pp2_paper", pp=2, trim=False, savings=False),
+    Layout("pp2_two_views", pp=2, views=2),
+    Layout("dp2_zero3_two_views", dp=2, strategy="optim_grads_params", views=2),
     Layout("pp2_tied", pp=2, tied=True),
     Layout("pp2_uneven", pp=2, layers=(3, 2)),
     Layout("pp2_ragged_micro_batches", pp=2, ragged=True),
     Layout("pp2_interleaved", pp=2, vpp=2),
     Layout("pp2_interleaved_ragged", pp=2, vpp=2, ragged=True),
     Layout("dp2_zero2", dp=2),
-    Layout("dp2_zero2_recompute", dp=2, recompute=True),
+    Layout("dp2_zero2_recompute", dp=2, recompute="full"),
     Layout("dp2_zero3", dp=2, strategy="optim_grads_params"),
+    Layout("dp2_zero3_selective", dp=2, strategy="optim_grads_params", recompute="selective"),
     Layout("dp2_no_shard", dp=2, strategy="no_shard"),
     Layout("dp2_one_rank_without_masks", dp=2, silent_half=True),
     Layout("dp2_zero3_tied", dp=2, strategy="optim_grads_params", tied=True),
@@ -110,14 +129,14 @@ LAYOUTS = [
     Layout("tp2_pp2", tp=2, pp=2, sequence_parallel=True),
     Layout("tp2_pp2_tied", tp=2, pp=2, tied=True),
     Layout("tp2_dp2_zero3", tp=2, dp=2, sequence_parallel=True, strategy="optim_grads_params"),
-    Layout("pp2_dp2_interleaved_recompute", pp=2, dp=2, vpp=2, recompute=True),
+    Layout("pp2_dp2_interleaved_recompute", pp=2, dp=2, vpp=2, recompute="full"),
     Layout("pp2_dp2_zero3", pp=2, dp=2, strategy="optim_grads_params"),
     Layout("pp2_dp2_one_rank_without_masks", pp=2, dp=2, silent_half=True),
 ]
 # torch has no compiled FlexAttention backward on CPU; see unit.flex_on_cpu.
 FLEX = [
     Layout("one_process_flex", backend="flex"),
-    Layout("one_process_flex_recompute_tied", backend="flex", recompute=True, tied=True),
+    Layout("one_process_flex_recompute_tied", backend="flex", recompute="full", tied=True),
     Layout("tp2_sp_flex", tp=2, sequence_parallel=True, backend="flex"),
     Layout("pp2_ragged_flex", pp=2, ragged=True, backend="flex"),
     Layout("dp2_zero3_flex", dp=2, strategy="optim_grads_params", backend="flex"),
@@ -145,7 +164,7 @@ EIGHT = [
         dp=2,
         sequence_parallel=True,
         strategy="optim_grads_params",
-        recompute=True,
+        recompute="full",
         tied=True,
     ),
 ]
@@ -156,6 +175,10 @@ class Document:
     ids: np.ndarray
     labels: np.ndarray
     noise: NoiseDraw
+    second_noise: NoiseDraw
+
+    def noises(self, views: int) -> tuple[NoiseDraw, ...]:
+        return (self.noise, self.second_noise)[:views]
 
 
 @lru_cache(maxsize=4)
@@ -178,15 +201,21 @@ def _document(rng: np.random.Generator, length: int, silent: bool) -> Document:
     labels[: int(rng.integers(0, length))] = -100
     prob = float(rng.uniform(0.2, 0.9))
     masked = (labels != -100) & (rng.random(length) < prob) & (not silent)
-    return Document(ids, labels, NoiseDraw(prob, masked))
+    # The second view is independent or, in every other document, the complement.
+    other = rng.random(length) < 0.3
+    if length % 8:
+        second = NoiseDraw(1.0 - prob, (labels != -100) & ~masked & (not silent))
+    else:
+        second = NoiseDraw(0.3, (labels != -100) & other & (not silent))
+    return Document(ids, labels, NoiseDraw(prob, masked), second)
 
 
 def micro_batches(layout: Layout, rows: list[list[Document]], dp_rank: int) -> list[Row]:
     """Deal a step's rows to this data-parallel rank, row r to rank r % dp."""
     mine = [
         build_row(
-            [full_copies(d.ids, d.labels, BLOCK, d.noise) for d in documents],
-            ROW,
+            [_copies(d, layout) for d in documents],
+            ROW // 2 * (1 + layout.views),
             BLOCK,
             MASK_ID,
             PAD_ID,
@@ -197,6 +226,13 @@ def micro_batches(layout: Layout, rows: list[list[Document]], dp_rank: int) -> l
         return [mine[0], concatenate_rows(mine[1:3]), mine[3]]
     size = layout.rows_per_micro_batch
     return [concatenate_rows(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+
+def _copies(document: Document, layout: Layout) -> RowDocument:
+    if layout.savings:
+        noises = document.noises(layout.views)
+        return kept_copies(document.ids, document.labels, BLOCK, noises)
+    return full_copies(document.ids, document.labels, BLOCK, document.noise)
 
 
 def build(layout: Layout, mesh: ParallelMesh) -> tuple[TrainingStep, ShardedAdamW]:
@@ -288,7 +324,7 @@ def read_result(layout: Layout, directory: Path) -> dict[str, object]:
 
 
 @lru_cache(maxsize=16)
-def reference(arch: Architecture, silent_half: bool) -> dict[str, object]:
+def reference(arch: Architecture, silent_half: bool, views: int = 1) -> dict[str, object]:
     """The oracle's three steps from the product's own initial weights."""
     one = Layout("reference", tied=arch.tie_word_embeddings, kv_heads=arch.num_key_value_heads)
     if arch.num_hidden_layers == 5:
@@ -299,11 +335,12 @@ def reference(arch: Architecture, silent_half: bool) -> dict[str, object]:
             oracle.NoisyDocument(
                 torch.from_numpy(d.ids).long(),
                 torch.from_numpy(d.labels).long(),
-                torch.from_numpy(d.noise.masked),
-                d.noise.mask_prob,
+                torch.from_numpy(noise.masked),
+                noise.mask_prob,
             )
             for row in rows
             for d in row
+            for noise in d.noises(views)
         ]
         for rows in make_steps(silent_half)
     ]

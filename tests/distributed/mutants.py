@@ -20,7 +20,8 @@ from sdar_kernels import tile_runs
 from sdar_kernels.block_mask import AttentionMask
 from torch import Tensor
 
-from megatron_sdar.model import sdar
+from megatron_sdar.diffusion import savings
+from megatron_sdar.model import recomputation, sdar
 from megatron_sdar.model.attention import SelectedTokens, TokenLayout
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.parallel import collectives
@@ -101,6 +102,37 @@ def _no_input_gradient_sum() -> mock._patch:
     )
 
 
+def _projections_without_input_sum() -> mock._patch:
+    original = sdar.column_parallel_projections
+
+    def alone(x: Tensor, weights: object, group: object, split: bool) -> object:
+        del group, split
+        return original(x, weights, None, False)
+
+    return mock.patch.object(sdar, "column_parallel_projections", alone)
+
+
+def _blocks_with_one_mask_left_out() -> mock._patch:
+    def masked_blocks(masked: np.ndarray, block_length: int) -> np.ndarray:
+        return np.flatnonzero(masked.reshape(-1, block_length).sum(axis=1) > 1)
+
+    return mock.patch.object(savings, "masked_blocks", masked_blocks)
+
+
+def _stale_recomputation() -> mock._patch:
+    """Selective recomputation returns the first tensor that was asked for again and again."""
+    kept: dict[torch.Size, Tensor] = {}
+
+    def unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            base = kept.setdefault(packed.shape, packed.make())
+        return base.as_strided(packed.shape, packed.stride, packed.offset)
+
+    return mock.patch.object(recomputation, "_unpack", unpack)
+
+
 def _first_ranks_residual() -> mock._patch:
     """Every tp rank adds the residual of the first rank's share of the trimmed tokens."""
     return mock.patch.object(
@@ -133,6 +165,9 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "no_tied_sum": (_no_tied_sum, Layout("m5", pp=2, tied=True)),
     "norm_counts_replicas_twice": (_norm_counts_replicas_twice, Layout("m6", tp=2)),
     "no_input_gradient_sum": (_no_input_gradient_sum, Layout("m7", tp=2)),
+    "projections_without_input_sum": (_projections_without_input_sum, Layout("m13", tp=2)),
+    "blocks_with_one_mask_left_out": (_blocks_with_one_mask_left_out, Layout("m14")),
+    "stale_recomputation": (_stale_recomputation, Layout("m15", recompute="selective")),
     "middle_stage_without_metadata": (_middle_stage_without_metadata, Layout("m8", pp=4)),
     "middle_stage_without_positions": (_middle_stage_without_positions, Layout("m9", pp=4)),
     "first_ranks_residual": (_first_ranks_residual, Layout("m10", tp=2, sequence_parallel=True)),

@@ -59,7 +59,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", FLEX, ids=lambda layout: layout.name)
 def test_flex_equals_oracle(layout: Layout, flex: Path) -> None:
     result = read_result(layout, flex)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @needs_triton
@@ -67,7 +67,7 @@ def test_flex_equals_oracle(layout: Layout, flex: Path) -> None:
 @pytest.mark.parametrize("layout", TRITON, ids=lambda layout: layout.name)
 def test_triton_equals_oracle(layout: Layout, triton: Path) -> None:
     result = read_result(layout, triton)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def every_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", EVERY_FLEX, ids=lambda layout: layout.name)
 def test_flex_equals_oracle_in_every_layout(layout: Layout, every_flex: Path) -> None:
     result = read_result(layout, every_flex)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @needs_triton
@@ -94,7 +94,7 @@ def test_flex_equals_oracle_in_every_layout(layout: Layout, every_flex: Path) ->
 @pytest.mark.parametrize("layout", EVERY_TRITON, ids=lambda layout: layout.name)
 def test_triton_equals_oracle_in_every_layout(layout: Layout, every_triton: Path) -> None:
     result = read_result(layout, every_triton)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @pytest.fixture(scope="module")
@@ -110,5 +110,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
 def test_kernel_mutant_is_caught(name: str, mutants: Path) -> None:
     layout = KERNEL_MUTANTS[name][1]
-    found = mismatches(read_result(layout, mutants), reference(layout.arch, layout.silent_half))
+    found = mismatches(
+        read_result(layout, mutants), reference(layout.arch, layout.silent_half, layout.views)
+    )
     assert found, f"the suite did not notice {name}"

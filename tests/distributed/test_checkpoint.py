@@ -257,7 +257,7 @@ def job_failures(directory: Path) -> None:
     assert "nowhere: not a complete checkpoint" in text
 
     # Only the stage with the embedding can see that padding differs; all must leave.
-    options = ModelOptions(192, torch.float32, False, False, "tiled")
+    options = ModelOptions(192, torch.float32, False, "none", "tiled")
     stages = build_stages(HOME.arch, run.mesh, options)
     materialize(stages, run.mesh.device)
     text = expect_value_error(
@@ -508,7 +508,7 @@ def test_transformers_loads_the_export_and_agrees(tmp_path: Path) -> None:
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "hf")
     mesh = build_mesh(torch.device("cpu"), 1, 1)
     arch = replace(load_architecture(tmp_path / "hf"), tie_word_embeddings=False)
-    options = ModelOptions(136, torch.float32, False, False, "tiled")
+    options = ModelOptions(136, torch.float32, False, "none", "tiled")
     stages = [s for s in build_stages(arch, mesh, options) if isinstance(s, SdarStage)]
     materialize(stages, mesh.device)
     load_hf_weights(stages, arch, tmp_path / "hf", "keep")

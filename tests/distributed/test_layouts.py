@@ -42,7 +42,7 @@ def test_layout_equals_oracle(
     layout: Layout, worlds: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     result = _result(layout, LAYOUTS, worlds, tmp_path_factory)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @pytest.mark.slow
@@ -52,4 +52,4 @@ def test_eight_processes_equal_oracle(
     layout: Layout, worlds: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     result = _result(layout, EIGHT, worlds, tmp_path_factory)
-    assert mismatches(result, reference(layout.arch, layout.silent_half)) == []
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []

@@ -81,7 +81,7 @@ def row(output: Path) -> Row:
 
 def make_stage(arch: Architecture) -> SdarStage:
     """The whole model in one stage, with uninitialised storage."""
-    options = ModelOptions(arch.vocab_size, torch.float32, False, False, "tiled")
+    options = ModelOptions(arch.vocab_size, torch.float32, False, "none", "tiled")
     stages = build_stages(arch, build_mesh(CPU, 1, 1), options)
     materialize(stages, CPU)
     (stage,) = stages

@@ -43,7 +43,7 @@ def _one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _loss_and_gradients(fused_kernels: str, recompute: bool) -> list[Tensor]:
+def _loss_and_gradients(fused_kernels: str, recompute: str) -> list[Tensor]:
     options = ModelOptions(PADDED, torch.float64, False, recompute, "reference", fused_kernels)
     stages = build_stages(ARCH, build_mesh(CPU, 1, 1), options)
     materialize(stages, CPU)
@@ -68,9 +68,9 @@ def _count(
     monkeypatch.setattr(owner, name, Counting())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_the_model_is_the_same_and_uses_every_kernel(
-    monkeypatch: pytest.MonkeyPatch, recompute: bool
+    monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
     expected = _loss_and_gradients("torch", recompute)
     calls: Counter[str] = Counter()
@@ -82,7 +82,7 @@ def test_the_model_is_the_same_and_uses_every_kernel(
     actual = _loss_and_gradients("triton", recompute)
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-12 * max(1.0, float(theirs.abs().max()))
-    layers, forwards = ARCH.num_hidden_layers, 2 if recompute else 1
+    layers, forwards = ARCH.num_hidden_layers, 2 if recompute == "full" else 1
     assert calls == {
         "rms_norm _forward_kernel": 2 * layers * forwards + 1,
         "rms_norm _backward_kernel": 2 * layers + 1,

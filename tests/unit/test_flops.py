@@ -108,7 +108,7 @@ def test_torch_counts_the_same(trimmed: bool, single_process: None) -> None:
         padded_vocab_size=ARCH.vocab_size,
         dtype=torch.float32,
         sequence_parallel=False,
-        recompute=False,
+        recompute="none",
         attention_backend="reference",
         trim_last_layer=trimmed,
     )

@@ -65,7 +65,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, single_process: None) ->
         eos_token_id=(258, 256),
         num_hidden_layers=2,
     )
-    options = ModelOptions(260, torch.float32, False, False, "tiled")
+    options = ModelOptions(260, torch.float32, False, "none", "tiled")
     (stage,) = build_stages(arch, build_mesh(CPU, 1, 1), options)
     materialize([stage], CPU)
     initialize([stage], seed=1)
@@ -225,7 +225,7 @@ def test_the_command_prints_what_the_model_decodes(model_dir: Path, single_proce
     tokenizer = load_tokenizer(model_dir)
     request = TextRequest(model_dir, "Why?", max_new_tokens=22)
     arch = replace(ARCH, num_hidden_layers=2, eos_token_id=(258, 256))
-    options = ModelOptions(260, torch.float32, False, False, "reference")
+    options = ModelOptions(260, torch.float32, False, "none", "reference")
     (stage,) = build_stages(arch, build_mesh(CPU, 1, 1), options)
     assert isinstance(stage, SdarStage)
     materialize([stage], CPU)

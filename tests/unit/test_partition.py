@@ -63,7 +63,7 @@ def test_one_rank_builds_its_virtual_chunks_in_order_on_the_meta_device(
     single_process: None,
 ) -> None:
     arch = Layout("partition").arch
-    options = ModelOptions(136, torch.float32, False, False, "tiled")
+    options = ModelOptions(136, torch.float32, False, "none", "tiled")
     stages = build_stages(arch, build_mesh(torch.device("cpu"), 1, 1), options, virtual_size=2)
     owned = []
     for stage in stages:

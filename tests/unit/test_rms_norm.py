@@ -1,13 +1,16 @@
 """RMSNorm and rotary embedding are those of transformers' Qwen3, bit for bit.
 
-The Triton forms are compared with the torch forms in the interpreter.
+Gradients are compared with those of the plain forms; the Triton forms in the interpreter.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from sdar_kernels.rms_norm import apply_rotary, qk_norm_rope, rms_norm, rotary_tables
+from sdar_kernels import reference
+from sdar_kernels import rms_norm as rms_norm_module
+from sdar_kernels.reference import apply_rotary
+from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
@@ -98,6 +101,61 @@ def test_qk_norm_rope_is_its_two_steps() -> None:
     tables = rotary_tables(torch.arange(6), 16, 10_000.0, torch.bfloat16)
     expected = apply_rotary(rms_norm(x, weight, EPS), *tables)
     assert torch.equal(qk_norm_rope(x, weight, EPS, *tables), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [40, 1 << 16])
+def test_gradients_are_those_of_the_plain_forms(
+    dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rms_norm_module, "_TILE_ELEMENTS", tile)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tables = rotary_tables(torch.arange(7), 16, 10_000.0, dtype)
+    # q and k are strided views of one projection's output.
+    x, weight, upstream = draw(7, 5, 16)[:, 1:4], draw(16) + 1, draw(7, 3, 16)
+    pairs = [
+        (lambda x, w: rms_norm(x, w, EPS), lambda x, w: reference.rms_norm(x, w, EPS)),
+        (
+            lambda x, w: qk_norm_rope(x, w, EPS, *tables),
+            lambda x, w: apply_rotary(reference.rms_norm(x, w, EPS), *tables),
+        ),
+    ]
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, plain in pairs:
+        found, expected = (gradients(op, x, weight, upstream) for op in (ours, plain))
+        for actual, wanted in zip(found, expected, strict=True):
+            assert actual.dtype == dtype
+            error = (actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+            assert error < tolerance
+
+
+def gradients(
+    op: object, x: torch.Tensor, weight: torch.Tensor, upstream: torch.Tensor
+) -> list[torch.Tensor]:
+    leaves = [x.detach(), weight.clone()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = op(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "qk_norm_rope"])
+def test_little_is_kept_for_backward(op: str) -> None:
+    x, weight = torch.randn(7, 3, 16, requires_grad=True), torch.ones(16, requires_grad=True)
+    tables = rotary_tables(torch.arange(7), 16, 10_000.0, torch.float32)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        if op == "rms_norm":
+            rms_norm(x, weight, EPS)
+        else:
+            qk_norm_rope(x, weight, EPS, *tables)
+    tables_size = 2 * 7 * 16 if op == "qk_norm_rope" else 0
+    assert sum(saved) == x.numel() + weight.numel() + 7 * 3 + tables_size
 
 
 def test_an_unresolved_name_is_refused() -> None:

@@ -34,7 +34,7 @@ NO_STOP: tuple[int, ...] = ()
 def _stage(
     arch: Architecture, seed: int, dtype: torch.dtype = torch.float64
 ) -> tuple[SdarStage, ParallelMesh]:
-    options = ModelOptions(136, dtype, False, False, "tiled")
+    options = ModelOptions(136, dtype, False, "none", "tiled")
     mesh = build_mesh(CPU, 1, 1)
     (stage,) = build_stages(arch, mesh, options)
     materialize([stage], CPU)

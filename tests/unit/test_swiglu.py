@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sdar_kernels import reference
+from sdar_kernels import swiglu as swiglu_module
 from sdar_kernels.swiglu import swiglu
 from unit.interpreted import run_interpreted
 
@@ -12,6 +14,19 @@ from unit.interpreted import run_interpreted
 def test_swiglu_is_torchs(dtype: torch.dtype) -> None:
     gate, up = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("tile", [7, 1 << 16])
+def test_gradients_are_those_of_the_plain_form(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu_module, "_TILE_ELEMENTS", tile)
+    generator = torch.Generator().manual_seed(0)
+    gate, up, upstream = torch.randn(3, 5, 48, generator=generator, dtype=torch.float64)
+    # gate and up may be views of one product.
+    leaves = [gate.t().requires_grad_(), up.t().requires_grad_()]
+    found = torch.autograd.grad(swiglu(*leaves), leaves, upstream.t())
+    expected = torch.autograd.grad(reference.swiglu(*leaves), leaves, upstream.t())
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours - plain).abs().max() < 1e-14
 
 
 def test_an_unresolved_name_is_refused() -> None:

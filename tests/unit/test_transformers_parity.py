@@ -56,7 +56,7 @@ def models(
 ) -> tuple[SdarStage, Qwen3ForCausalLM]:
     """The product's initialised stage (norm scales made random) and its copy in transformers."""
     arch = replace(ARCH, tie_word_embeddings=request.param == "tied")
-    options = ModelOptions(PADDED, torch.float32, False, False, "tiled")
+    options = ModelOptions(PADDED, torch.float32, False, "none", "tiled")
     stages = build_stages(arch, build_mesh(CPU, 1, 1), options)
     materialize(stages, CPU)
     initialize(stages, seed=11)

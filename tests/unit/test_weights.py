@@ -24,7 +24,7 @@ PADDED = 640
 def _initial(
     arch: Architecture = ARCH, seed: int = 3, dtype: torch.dtype = torch.float32, vpp: int = 1
 ) -> dict[str, Tensor]:
-    options = ModelOptions(PADDED, dtype, False, False, "tiled")
+    options = ModelOptions(PADDED, dtype, False, "none", "tiled")
     stages = build_stages(arch, build_mesh(torch.device("cpu"), 1, 1), options, vpp)
     materialize(stages, torch.device("cpu"))
     initialize(stages, seed)
@@ -125,7 +125,7 @@ def test_a_shard_is_a_cut_of_the_whole(
 ) -> None:
     name = "model.embed_tokens.weight"
     rows, columns = ranges
-    options = ModelOptions(PADDED, torch.float32, False, False, "tiled")
+    options = ModelOptions(PADDED, torch.float32, False, "none", "tiled")
     (stage,) = build_stages(ARCH, build_mesh(torch.device("cpu"), 1, 1), options)
     wanted = dict(stage.named_parameters())[name]
     filled: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ def test_a_shard_is_a_cut_of_the_whole(
 def test_a_parameter_that_is_not_distributed_is_refused(
     single_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ModelOptions(PADDED, torch.float32, False, False, "tiled")
+    options = ModelOptions(PADDED, torch.float32, False, "none", "tiled")
     (stage,) = build_stages(ARCH, build_mesh(torch.device("cpu"), 1, 1), options)
     stage.model.extra = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(AssertionError, match=r"model\.extra is not distributed"):

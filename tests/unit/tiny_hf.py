@@ -129,7 +129,7 @@ def read_model(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def options(arch: Architecture, dtype: torch.dtype, divisor: int = 8) -> ModelOptions:
-    return ModelOptions(padded_vocab_size(arch.vocab_size, divisor), dtype, False, False, "tiled")
+    return ModelOptions(padded_vocab_size(arch.vocab_size, divisor), dtype, False, "none", "tiled")
 
 
 def make_stages(

@@ -1,0 +1,45 @@
+"""What the figures of the step benchmark are divided by, and what else their reader must know."""
+
+from __future__ import annotations
+
+from megatron_sdar.benchmark.step_data import Corpus
+from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_own import can_trim
+
+
+def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> list[str]:
+    """Lines to print below the figures."""
+    first = options.lengths[0]
+    notes = [
+        f"Model: {num_parameters / 1e6:.1f} M parameters, counted in transformers; untied head; "
+        f"block length {options.block_length}; {options.threads} torch threads.",
+        "answer tokens/s: label tokens of the documents, masked or not, over the median seconds "
+        "of an optimizer step (all rows forward and backward, clipping, fused AdamW). All forms "
+        "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
+        "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
+        "trainer on the blocks that the loss depends on, packed by what is left"
+        + (", and a last layer without unused outputs." if can_trim() else "."),
+        "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
+        "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
+        "MFU: them over seconds over the rate of a product of "
+        f"{options.gemm_size} x {options.gemm_size}: best of the rounds' medians in this run.",
+        "floor: seconds that exact's FLOPs take at that rate. speedup_vs_paper_semantics and "
+        f"floor_share are of rows of 2 x {first}.",
+        "memory: peak resident memory of a fresh process over its state before the model was "
+        "built, one step over two rows, fp32. 'beyond state': over weights and AdamW moments.",
+        "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process.",
+    ]
+    shape = options.shape(first)
+    fitting = [document for document in corpus.documents if document.ids.size <= first]
+    whole, kept = (len(pack(fitting).rows) for pack in (shape.pack_whole, shape.pack_kept))
+    notes.append(
+        "The documents of a step were chosen to fill the rows of both packings. All "
+        f"{len(fitting)} documents that were read give {whole} published rows of 2 x {first} and "
+        f"{kept} with exact savings: {whole / kept:.2f} to 1."
+    )
+    if corpus.num_folded:
+        notes.append(
+            f"{corpus.num_folded} token ids of the input were folded into the model's vocabulary "
+            f"(id modulo {options.arch.vocab_size - 1}): lengths and labels are real, ids are not."
+        )
+    return notes
