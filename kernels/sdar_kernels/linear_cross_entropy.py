@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOGIT_BYTES = 128 * 2**20
+_LOGIT_BYTES = 32 * 2**20
 _TILE_ELEMENTS = {"cpu": 2**18}
 _LARGE_TILE_ELEMENTS = 2**25
 _HEAD_ROWS = 16384
@@ -81,12 +81,12 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(weight_VD: Tensor, dtype: torch.dtype) -> int:
-    """Tokens per chunk, a multiple of 64: their logits take 128 MiB at most, or a quarter of the
-    head's fp32 gradient where that is more.
+    """Tokens per chunk, a multiple of 64: their logits take 32 MiB at most, or three eighths of
+    the head's fp32 gradient where that is more.
 
     The gradient exists in any case, and every chunk reads and writes all of it once.
     """
-    budget = max(_LOGIT_BYTES, weight_VD.numel())
+    budget = max(_LOGIT_BYTES, weight_VD.numel() * 3 // 2)
     return max(1, budget // (weight_VD.shape[0] * dtype.itemsize * 64)) * 64
 
 

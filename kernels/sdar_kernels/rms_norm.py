@@ -49,7 +49,7 @@ def qk_norm_rope(
 ) -> Tensor:
     """Queries or keys, normed per head and rotated.
 
-    With n = rms_norm(x): n * cos + rotate_half(n) * sin. Kept for backward: x and one number per head.
+    With n = rms_norm(x): n * cos + rotate_half(n) * sin. Kept for backward: x, one number a head.
 
     Args:
         x_TNH: [T, N, H], H even; any strides.

@@ -114,6 +114,8 @@ _SMALL_GROUP_16BIT = {
     "sm_80": {
         64: _small_group((64, 64, 32, 4, 3), (64, 64, 32, 8, 3)),
         128: _small_group((64, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+        # What groups of 4 run spills here.
+        256: {"backward_keys": KernelConfig(32, 32, 32, 8, 2)},
     },
     "sm_86": _CONSUMER_SMALL_GROUP,
     "sm_89": _CONSUMER_SMALL_GROUP,

@@ -162,7 +162,8 @@ def test_chunks_follow_the_byte_budget() -> None:
     assert default_chunk_tokens(head, torch.float32) == 192
     assert default_chunk_tokens(head, torch.bfloat16) == 384
     large = torch.empty(151_936, 4096, device="meta")
-    assert default_chunk_tokens(large, torch.bfloat16) == 2048
+    assert default_chunk_tokens(large, torch.bfloat16) == 3072
+    assert default_chunk_tokens(torch.empty(16_384, 512, device="meta"), torch.float32) == 512
     assert default_chunk_tokens(torch.empty(10**6, 8, device="meta"), torch.float64) == 64
 
 
