@@ -186,6 +186,12 @@ class DiffusionConfig:
         "exact",
         choices=("exact", "paper"),
     )
+    row_length: int | None = _key(
+        "tokens of a row, copies and padding included; fewer take less memory. Default: "
+        "(1 + noisy_views) * cutoff_len, what the longest document may need",
+        None,
+        minimum=1,
+    )
     noisy_views: int = _key(
         "noisy copies of a document that share its clean copy; each counts as a sample",
         1,

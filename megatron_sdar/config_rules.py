@@ -99,6 +99,11 @@ def _views(config: SdarConfig) -> Iterator[str]:
     views = config.diffusion.noisy_views
     if config.diffusion.semantics == "paper" and views > 1:
         yield f"noisy_views={views} needs semantics=exact; the paper has one noisy copy"
+    length = config.diffusion.row_length
+    if length is not None and config.diffusion.semantics == "paper":
+        yield f"row_length={length} needs semantics=exact; the paper's rows are 2 * cutoff_len"
+    if length is not None and length % (config.data.block_length or 1):
+        yield f"row_length={length} is not a multiple of block_length={config.data.block_length}"
     if config.diffusion.complementary_views and views < 2:
         yield f"complementary_views needs at least two views, found noisy_views={views}; use 2"
 
@@ -187,11 +192,11 @@ def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator
                 f"set make_vocab_size_divisible_by: {lcm(divisor, tp)}"
             )
     rows, cutoff = config.training.per_device_train_batch_size, config.data.cutoff_len
-    copies = 1 + config.diffusion.noisy_views
-    if parallel.sequence_parallel and (copies * cutoff * rows) % tp:
+    length = config.diffusion.row_length or (1 + config.diffusion.noisy_views) * cutoff
+    if parallel.sequence_parallel and (length * rows) % tp:
         yield (
-            f"with sequence_parallel the {copies} * cutoff_len * per_device_train_batch_size = "
-            f"{copies * cutoff * rows} positions must divide by tensor_model_parallel_size={tp}; "
+            f"with sequence_parallel a row's {length} positions x per_device_train_batch_size = "
+            f"{length * rows} positions must divide by tensor_model_parallel_size={tp}; "
             f"make cutoff_len a multiple of {tp} or set sequence_parallel: false"
         )
 

@@ -46,7 +46,7 @@ class FormFigures:
     """One form at one row length.
 
     Attributes:
-        length: document tokens of a published row; rows have twice as many.
+        length: document tokens of a published row, which has twice as many.
         rows, fill: of the step, and the occupied share of their tokens.
         row_tokens, answer_tokens: of the step: all tokens of its rows; label tokens.
         seconds, cpu_seconds: of a step, medians; rounds: how many.
@@ -199,13 +199,15 @@ def _time_length(
 ) -> list[_Timed]:
     """All forms in turn on one set of documents; the first steps are for the losses only."""
     shape = options.shape(length)
-    documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, length)
+    longest = min(length, options.row_length // 2)
+    documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, longest)
     say(f"rows of 2 x {length} tokens, {len(documents)} documents: first steps, losses")
     timed = []
     for name, form in forms.items():
         form.bind(documents, shape)
         packing = form.packing(documents, shape)
-        row_tokens = 2 * length * len(packing.rows)
+        kept = name in (EXACT, EXACT_BF16)
+        row_tokens = (options.row_length if kept else 2 * length) * len(packing.rows)
         answers = sum(document.num_labels for document in documents)
         loss = time_step(form.step).loss
         timed.append(

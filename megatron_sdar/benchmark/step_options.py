@@ -33,17 +33,19 @@ class StepOptions:
     """Attributes:
     arch: the model; its last token id is the mask token.
     lengths: document tokens of a row; rows hold two copies of as many.
+    row_length: tokens of a row with exact savings, which need not hold two copies.
     rows: published rows of one optimizer step.
     rounds, peer_rounds: of our forms and of the peer, after one that does not count.
     threads: of torch, in the comparison of forms.
     block_length, seed: as in training.
     gemm_size: of the square product that sets the limit.
     max_documents: of the input that are read.
-    parallel_length, parallel_rows, parallel_rounds: of the comparison of layouts.
+    parallel_rows, parallel_rounds: of the comparison of layouts.
     """
 
     arch: Architecture = field(default_factory=_benchmark_model)
     lengths: tuple[int, ...] = (2048, 4096)
+    row_length: int = 2048
     rows: int = 4
     rounds: int = 3
     peer_rounds: int = 2
@@ -52,7 +54,6 @@ class StepOptions:
     seed: int = 0
     gemm_size: int = 2048
     max_documents: int = 2000
-    parallel_length: int = 512
     parallel_rows: int = 8
     parallel_rounds: int = 3
 
@@ -65,7 +66,7 @@ class StepOptions:
         return self.arch.vocab_size - 1
 
     def shape(self, length: int) -> RowShape:
-        return RowShape(length, self.block_length, self.mask_token_id)
+        return RowShape(length, self.block_length, self.mask_token_id, self.row_length)
 
     def quick(self) -> StepOptions:
         """The same at toy size: everything runs, no figure means anything."""
@@ -83,11 +84,11 @@ class StepOptions:
             self,
             arch=arch,
             lengths=(256,),
+            row_length=512,
             rows=2,
             rounds=1,
             gemm_size=128,
             max_documents=100,
-            parallel_length=128,
             parallel_rows=2,
             parallel_rounds=1,
         )

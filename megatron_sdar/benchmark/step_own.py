@@ -66,7 +66,7 @@ def make_own_step(
         padded_vocab_size=padded_vocab_size(arch.vocab_size, layout.tp),
         dtype=torch.float32,
         sequence_parallel=layout.tp > 1,
-        recompute="none",
+        recompute="selective",
         attention_backend="tiled",
         **trim,
     )

@@ -105,13 +105,13 @@ def measure_layouts(
     Raises:
         ValueError: the layouts' losses differ, or a rank failed.
     """
-    shape = options.shape(options.parallel_length)
+    shape = options.shape(options.lengths[0])
     documents = choose_documents(
-        corpus, [shape.pack_kept], options.parallel_rows, options.parallel_length
+        corpus, [shape.pack_kept], options.parallel_rows, shape.kept_row_length // 2
     )
     say(
-        f"parallel overhead: {options.parallel_rows} micro-batches of {2 * shape.length} tokens, "
-        f"one thread per rank, {options.parallel_rounds} rounds in turn"
+        f"parallel overhead: {options.parallel_rows} micro-batches of {shape.kept_row_length} "
+        f"tokens, one thread per rank, {options.parallel_rounds} rounds in turn"
     )
     with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
         options_file, documents_file = Path(folder, "options.json"), Path(folder, "documents.npz")

@@ -31,7 +31,7 @@ def main(options_file: Path, documents_file: Path, layout_json: str) -> None:
     """Serve steps until stdin ends."""
     torch.set_num_threads(1)
     options = StepOptions.from_json(json.loads(options_file.read_text(encoding="utf-8")))
-    rows = options.shape(options.parallel_length).kept_rows(load_documents(documents_file))
+    rows = options.shape(options.lengths[0]).kept_rows(load_documents(documents_file))
     start_process_group(read_launch_info(), "cpu", "gloo", _TIMEOUT_SECONDS)
     _serve(options, Layout(**json.loads(layout_json)), rows)
     stop_process_group()

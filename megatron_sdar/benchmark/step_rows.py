@@ -34,11 +34,17 @@ Packer = Callable[[Sequence[Document]], Packing]
 
 @dataclass(frozen=True)
 class RowShape:
-    """Attributes: length: document tokens of a row of both copies, which has twice as many."""
+    """How documents become rows.
+
+    Attributes:
+        length: document tokens of a row of both copies, which has twice as many.
+        kept_row_length: tokens of a row with exact savings.
+    """
 
     length: int
     block_length: int
     mask_token_id: int
+    kept_row_length: int
 
     def pack_whole(self, documents: Sequence[Document]) -> Packing:
         """Published form: documents packed by their length."""
@@ -54,7 +60,7 @@ class RowShape:
         One without a masked token takes no room; the first row counts its labels.
         """
         sizes = np.array([num_row_blocks(self._kept(document)) for document in documents])
-        capacity = 2 * self.length // self.block_length
+        capacity = self.kept_row_length // self.block_length
         offsets, order = fill_rows(sizes, capacity)
         edges = offsets.tolist()
         rows = [order[start:end].tolist() for start, end in pairwise(edges)]
@@ -64,19 +70,19 @@ class RowShape:
     def whole_rows(self, documents: Sequence[Document]) -> list[Row]:
         """Rows of both copies, whole."""
         return [
-            self._build([self._full(documents[number]) for number in row])
+            self._build([self._full(documents[number]) for number in row], 2 * self.length)
             for row in self.pack_whole(documents).rows
         ]
 
     def kept_rows(self, documents: Sequence[Document]) -> list[Row]:
         """Rows of the blocks that the loss depends on."""
         return [
-            self._build([self._kept(documents[number]) for number in row])
+            self._build([self._kept(documents[number]) for number in row], self.kept_row_length)
             for row in self.pack_kept(documents).rows
         ]
 
-    def _build(self, documents: Sequence[RowDocument]) -> Row:
-        return build_row(documents, 2 * self.length, self.block_length, self.mask_token_id, _PAD_ID)
+    def _build(self, documents: Sequence[RowDocument], row_length: int) -> Row:
+        return build_row(documents, row_length, self.block_length, self.mask_token_id, _PAD_ID)
 
     def _full(self, document: Document) -> RowDocument:
         return full_copies(document.ids, document.labels, self.block_length, document.noise)

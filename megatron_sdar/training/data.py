@@ -174,6 +174,7 @@ def make_loader(
             seed=training.seed,
             shuffle=not data.disable_shuffling,
             semantics=config.diffusion.semantics,
+            row_length=config.diffusion.row_length,
             num_views=config.diffusion.noisy_views,
             complementary_views=config.diffusion.complementary_views,
         ),

@@ -574,6 +574,14 @@ def test_what_fits_passes(load: Load) -> None:
          "6 processes cannot be divided into groups of tensor 2 x pipeline 2 x context 1 = 4; "
          "launch 4 or 8 (any multiple of 4)"),
         ("tensor_model_parallel_size: 2", {}, 1, "= 2; launch 2 (any multiple of 2)"),
+        ("semantics: paper\nnoisy_views: 2", {}, 1, "noisy_views=2 needs semantics=exact; the pa"),
+        ("semantics: paper\nrow_length: 64", {}, 1, "row_length=64 needs semantics=exact; the pa"),
+        ("row_length: 66\nblock_length: 4", {}, 1, "row_length=66 is not a multiple of block_len"),
+        ("complementary_views: true", {}, 1, "needs at least two views, found noisy_views=1; us"),
+        ("complementary_views: true\nnoisy_views: 3", {}, 1, ""),
+        ("tensor_model_parallel_size: 2\nper_device_train_batch_size: 1\nrow_length: 21\n"
+         "block_length: 7\ncutoff_len: 14", {"block_size": 7}, 2,
+         "a row's 21 positions x per_device_train_batch_size = 21 positions must divide"),
         ("bf16: true\nfp64: true", {}, 1, "bf16 and fp64 exclude each other"),
         ("max_steps: 0", {}, 1, "max_steps=0 would train nothing"),
         ("save_steps: 2.5", {}, 1, "save_steps=2.5 must be a whole number of steps, or a frac"),

@@ -240,3 +240,26 @@ def test_an_earlier_position_than_the_start_is_found_again() -> None:
     first = stream.row_at(0)
     stream.restart(stream.start_at(20))
     assert same(stream.row_at(0), first)
+
+
+# Short rows.
+
+
+def test_short_rows_hold_the_same_documents() -> None:
+    documents = random_documents(longest=14)
+    whole = make_loader(documents, options=EXACT)
+    short = make_loader(documents, options=replace(EXACT, row_length=64))
+    few, many = epoch_of(whole.grouped), epoch_of(short.grouped)
+    assert {row.num_tokens for row in many} == {64} == {short.row_length}
+    assert len(many) > 2 * len(few)
+    assert targets(many) == targets(few)
+    assert sum(row.num_label_tokens for row in many) == sum(row.num_label_tokens for row in few)
+
+
+def test_a_row_length_that_noise_could_exceed_is_refused() -> None:
+    options = replace(EXACT, row_length=64)
+    with pytest.raises(ValueError, match=r"row_length 64 is too short: .* may take 216 .*cutoff"):
+        make_loader(options=options)
+    store = DocumentStore([random_documents(longest=14)])
+    with pytest.raises(ValueError, match=r"needs packing .* leave row_length out"):
+        GroupedStream(RowStream([RowPart(store, pack(store))], options), repack=False)

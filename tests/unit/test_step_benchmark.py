@@ -23,7 +23,7 @@ from megatron_sdar.benchmark.step_rows import RowShape, choose_documents
 from megatron_sdar.diffusion.noise import NoiseDraw
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = RowShape(length=32, block_length=4, mask_token_id=99)
+SHAPE = RowShape(length=32, block_length=4, mask_token_id=99, kept_row_length=64)
 RATIOS = (
     "speedup_vs_peer_256", "speedup_vs_paper_semantics", "floor_share_fp32", "floor_share_bf16",
     "memory_vs_peer_256", "tp2_cpu_ratio", "pp2_cpu_ratio", "dp2_cpu_ratio",

@@ -89,12 +89,17 @@ class GroupedStream:
         source: packed rows, their options and their blend. The segments of the blend begin at
             training rows.
         repack: False keeps the documents of every packed row together (one row for each).
+
+    Raises:
+        ValueError: row_length does not fit the documents, or needs what cannot be.
     """
 
     def __init__(self, source: RowStream, *, repack: bool = True) -> None:
         self.source = source
         self.options = source.options
         self.group_rows = GROUP_ROWS if repack else 1
+        if self.row_length < self.safe_row_length:
+            self._check_short_rows(repack)
         segments = None if source.schedule is None else source.schedule.segments
         self._segments = [] if segments is None else segments
         self._dealers = [BlendSchedule([(0, weights)]) for _, weights in self._segments]
@@ -108,7 +113,12 @@ class GroupedStream:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row: room for the longest document whatever its noise."""
+        """Tokens of a row."""
+        return self.options.row_length or self.safe_row_length
+
+    @property
+    def safe_row_length(self) -> int:
+        """Room for the longest document whatever its noise."""
         return (1 + self.options.num_views) * self.options.cutoff_len
 
     def identity(self, position: int) -> dict[str, object]:
@@ -175,6 +185,26 @@ class GroupedStream:
                 total += rows * min(1.0, (num_source_rows - begin) / (end - begin))
             number, begin = number + 1, end
         return total
+
+    def _check_short_rows(self, repack: bool) -> None:
+        """Refuse a row_length that some document's noise could exceed."""
+        length = self.row_length
+        if not repack or len(self.source.parts) > 1:
+            raise ValueError(
+                f"row_length {length} is below (1 + noisy_views) * cutoff_len = "
+                f"{self.safe_row_length}, which needs packing (neat_packing: true) and one "
+                "dataset (no mix_strategy: blend); leave row_length out"
+            )
+        ((store, index),) = ((part.store, part.index) for part in self.source.parts)
+        sizes = np.minimum(store.lengths[np.unique(index.doc_ids)], index.limit)
+        block = self.options.block_length
+        longest = int(-(-int(sizes.max()) // block) * block) * (1 + self.options.num_views)
+        if longest > length:
+            raise ValueError(
+                f"row_length {length} is too short: the longest document may take {longest} "
+                f"tokens with its {self.options.num_views} noisy views; use at least that, or "
+                "lower cutoff_len"
+            )
 
     def _beginning(self) -> GroupStart:
         return GroupStart(0, 0, (0,) * len(self.source.parts), 0)

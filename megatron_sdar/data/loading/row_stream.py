@@ -39,6 +39,8 @@ class RowOptions:
         shuffle: False keeps rows in pack order in every epoch.
         semantics: "exact": blocks without a part in the loss are left out and rows are packed by
             what is left (grouped_stream); "paper": both copies whole.
+        row_length: tokens of a row with semantics exact; None: room for the longest document
+            whatever its noise, (1 + num_views) * cutoff_len.
         num_views, complementary_views: noisy copies per document, see `noise.draw_views`.
     """
 
@@ -50,6 +52,7 @@ class RowOptions:
     seed: int
     shuffle: bool = True
     semantics: str = "paper"
+    row_length: int | None = None
     num_views: int = 1
     complementary_views: bool = False
 
