@@ -248,6 +248,14 @@ def loss_was_measured(checkout: Path, result: Result) -> None:
     assert "peak memory" in result.stdout
 
 
+def step_was_measured(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/step.json").read_text())
+    for name in ("speedup_vs_peer_256", "floor_share_fp32", "memory_vs_peer_256", "tp2_cpu_ratio"):
+        assert figures[name] > 0
+    assert "answer tokens/s" in result.stdout
+    assert (checkout / "demo/step.png").stat().st_size > 1000
+
+
 def kernels_were_compiled(checkout: Path, result: Result) -> None:
     del checkout
     assert re.search(r"swiglu backward bf16 +. sm_90", result.stdout)
@@ -338,6 +346,7 @@ EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "tools/benchmark.py data": figures_were_written,
     "tools/benchmark.py attention": attention_was_measured,
     "tools/benchmark.py loss": loss_was_measured,
+    "tools/benchmark.py step": step_was_measured,
     "tools/compile_kernels.py": kernels_were_compiled,
     "tools/draw_mask.py": mask_was_drawn,
     "pretrain_sdar.py --help": keys_are_listed,
