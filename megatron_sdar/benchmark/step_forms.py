@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_sdar.benchmark.step_data import Document
 from megatron_sdar.benchmark.step_options import StepOptions
-from megatron_sdar.benchmark.step_own import can_trim, make_own_step
+from megatron_sdar.benchmark.step_own import make_own_step
 from megatron_sdar.benchmark.step_peer import PeerRow, PeerStep, peer_rows
 from megatron_sdar.benchmark.step_rows import Packing, RowShape
 from megatron_sdar.diffusion.rows import Row
@@ -72,7 +72,6 @@ class OwnForm:
     def __init__(self, options: StepOptions, *, exact: bool, compute: torch.dtype) -> None:
         self._arch, self._exact = options.arch, exact
         self._learning_rate = options.optim.learning_rate
-        self._trimmed = exact and can_trim()
         self.training = make_own_step(
             options.arch, options.optim, options.seed, trimmed=exact, compute=compute
         )
@@ -89,7 +88,7 @@ class OwnForm:
 
     def flops(self) -> StepFlops:
         works = [RowWork.of(row) for row in self._rows]
-        return step_flops(self._arch, works, trimmed=self._trimmed)
+        return step_flops(self._arch, works, trimmed=self._exact)
 
 
 def make_form(

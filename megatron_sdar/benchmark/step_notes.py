@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron_sdar.benchmark.step_data import Corpus
 from megatron_sdar.benchmark.step_options import StepOptions
-from megatron_sdar.benchmark.step_own import can_trim
 
 
 def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> list[str]:
@@ -17,10 +16,10 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "of an optimizer step (all rows forward and backward, clipping, fused AdamW). All forms "
         "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
         "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
-        "trainer on the blocks that the loss depends on, packed by what is left"
-        + (", and a last layer without unused outputs" if can_trim() else "")
-        + f", in rows of {options.row_length} tokens. Ours recompute norms, rotations and SwiGLU "
-        "in backward (recompute_granularity: selective); the peer keeps everything.",
+        "trainer on the blocks that the loss depends on, packed by what is left, and a last layer "
+        f"without unused outputs, in rows of {options.row_length} tokens. Ours recompute norms, "
+        "rotations and SwiGLU in backward (recompute_granularity: selective); the peer keeps "
+        "everything.",
         "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
         "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
         "MFU: them over seconds over the rate of a product of "

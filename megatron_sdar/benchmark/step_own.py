@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
 from megatron_sdar.parallel.sharding import local_tensor
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
-_TRIM = "trim_last_layer"
 _CPU = torch.device("cpu")
 
 
@@ -40,11 +38,6 @@ class Layout:
 ONE_PROCESS = Layout("one process")
 
 
-def can_trim() -> bool:
-    """Whether the model can leave out what the last layer computes for nothing."""
-    return _TRIM in {field.name for field in fields(ModelOptions)}
-
-
 def make_own_step(
     arch: Architecture,
     config: OptimConfig,
@@ -57,18 +50,17 @@ def make_own_step(
     """A step over fp32 parameters with our initial weights. Needs the process group.
 
     Args:
-        trimmed: leave out what the last layer computes for nothing, where the model can.
+        trimmed: leave out what the last layer computes for nothing.
         compute: dtype of activations.
     """
     mesh: ParallelMesh = build_mesh(_CPU, layout.tp, layout.pp)
-    trim: dict[str, Any] = {_TRIM: trimmed} if can_trim() else {}
     options = ModelOptions(
         padded_vocab_size=padded_vocab_size(arch.vocab_size, layout.tp),
         dtype=torch.float32,
         sequence_parallel=layout.tp > 1,
         recompute="selective",
         attention_backend="tiled",
-        **trim,
+        trim_last_layer=trimmed,
     )
     modules = build_stages(arch, mesh, options, compute_dtype=compute)
     materialize(modules, mesh.device)
