@@ -54,8 +54,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """sum_i w_i * CE_i over M tokens, a scalar in fp32 (fp64 for fp64).
 
-    Backward scales the gradients that forward formed, in place: it runs once. Hidden states get
-    the gradient of this shard's part of the vocabulary only.
+    Backward scales the gradients that forward formed, in place: it runs once. A factor of the
+    whole loss costs least inside loss_weights. Hidden states get the gradient of this shard's
+    part of the vocabulary only.
 
     Args:
         hidden_MD: [M, D], the same on every rank that shares the vocabulary.
@@ -115,7 +116,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk_tokens, hidden.shape[0]), shard.num_valid)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_grad else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if wants_grad else None
+        if grad_weight is not None:
+            # The first chunk writes the rest.
+            grad_weight[shard.num_valid if hidden.shape[0] else 0 :].zero_()
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             weights, local_targets = loss_weights[rows].to(wide), targets[rows] - shard.first_token
@@ -128,7 +132,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             _write_gradient(logits, local_targets, peak, weights / normalizer, weights, shard)
             torch.mm(logits, used, out=grad_hidden[rows])
-            _add_product(grad_weight[: shard.num_valid], logits, hidden[rows])
+            fresh = start == 0
+            _add_product(grad_weight[: shard.num_valid], logits, hidden[rows], fresh)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
@@ -140,6 +145,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: a second gradient of the head would double the peak memory. Autograd refuses
         # a second backward, because saved tensors changed.
         grad_hidden, grad_weight = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad.item() == 1.0:
+            return grad_hidden, grad_weight, None, None, None, None, None
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None, None
 
 
@@ -225,11 +232,15 @@ def _tiles(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
-def _add_product(total_VD: Tensor, grad_logits_MV: Tensor, hidden_MD: Tensor) -> None:
-    """total += grad_logits^T @ hidden, the sum in the dtype of total."""
+def _add_product(total_VD: Tensor, grad_logits_MV: Tensor, hidden_MD: Tensor, fresh: bool) -> None:
+    """total += grad_logits^T @ hidden (= if fresh), the sum in the dtype of total."""
     if total_VD.dtype == hidden_MD.dtype:
-        total_VD.addmm_(grad_logits_MV.T, hidden_MD)
+        total_VD.addmm_(grad_logits_MV.T, hidden_MD, beta=0 if fresh else 1)
         return
     for start in range(0, total_VD.shape[0], _HEAD_ROWS):
         rows = slice(start, start + _HEAD_ROWS)
-        total_VD[rows] += grad_logits_MV[:, rows].T @ hidden_MD
+        product = grad_logits_MV[:, rows].T @ hidden_MD
+        if fresh:
+            total_VD[rows] = product
+        else:
+            total_VD[rows] += product

@@ -9,8 +9,9 @@ Invariant: each non-empty range of each query lies in exactly one tile that cove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.tile_rows import Rows
 
 LongArray = NDArray[np.int64]
 
@@ -33,6 +33,7 @@ class TileSizes:
         batch_keys: keys of a batch of documents or blocks, a longer document is a batch itself.
         batch_scores: scores computed at a time of a batch.
         row_scores: scores computed at a time of the queries of one key head and document.
+        chunk_rows: rows of queries (of one key head) that are read and written at a time.
         kept_keys: probabilities of tiles of first ranges that read at most this many keys are kept
             for backward, where computing them again would cost more than reading them. It bounds
             what is kept: per query, as much as that many numbers of each head.
@@ -44,7 +45,22 @@ class TileSizes:
     batch_keys: int = 1024
     batch_scores: int = 1 << 18
     row_scores: int = 1 << 20
+    chunk_rows: int = 2048
     kept_keys: int = 128
+
+
+class Piece(NamedTuple):
+    """Part of a tile that is computed at a time.
+
+    Attributes:
+        start, end: which of the key set's batch.
+        first, last: rows of the tile: those of some batch entries, or some rows of one entry.
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -52,20 +68,38 @@ class QueryTile:
     """Queries of a batch that see the first `width` keys of their document or block.
 
     Attributes:
-        rows: query rows, a document being an entry; rows of q, which keys need not share.
+        start: first row in its chunk; its rows are [batch, num_tokens].
+        num_tokens: of a batch entry.
         seen: int64 [batch * num_tokens], how many of the last `masked` keys a row sees; None
             if it sees all of them.
         width: keys.
         masked: keys at the end of `width` that need the mask.
         kept: where its probabilities begin, per query head of a key head, among those kept for
             backward; None if they are computed again.
+        pieces: the tile, in parts of bounded size.
     """
 
-    rows: Rows
+    start: int
+    num_tokens: int
     seen: Tensor | None
     width: int
     masked: int
-    kept: int | None = None
+    kept: int | None
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class QueryChunk:
+    """Tiles whose queries are read and written together.
+
+    Attributes:
+        index: int64 [rows], token * K + key head, tile by tile; rows of q, which keys need not
+            share.
+        tiles: in the order of their rows.
+    """
+
+    index: Tensor
+    tiles: tuple[QueryTile, ...]
 
 
 @dataclass(frozen=True)
@@ -73,18 +107,22 @@ class KeySet:
     """Keys of equally shaped documents (or own blocks), and the tiles that read them.
 
     Attributes:
-        rows: keys, a document (or own block) being an entry.
+        index: int64 [batch * extent], token * K + key head.
         batch: documents times key heads.
         extent: keys of each, a multiple of the tile; the last ones may repeat the first.
         second: whether queries read these keys through their second range.
-        tiles: the widest first, which reads all `extent` keys.
+        chunks: the widest tile first, which reads all `extent` keys.
     """
 
-    rows: Rows
+    index: Tensor
     batch: int
     extent: int
     second: bool
-    tiles: tuple[QueryTile, ...]
+    chunks: tuple[QueryChunk, ...]
+
+    @property
+    def tiles(self) -> tuple[QueryTile, ...]:
+        return tuple(tile for chunk in self.chunks for tile in chunk.tiles)
 
 
 @dataclass(frozen=True)
@@ -93,15 +131,23 @@ class TilePlan:
 
     Attributes:
         key_sets: in the order in which they must run.
-        second_only: query rows without a first range.
         num_pairs: (query, key) pairs per query head that are computed.
         num_kept: probabilities kept for backward, per query head of a key head.
     """
 
     key_sets: tuple[KeySet, ...]
-    second_only: Rows
     num_pairs: int
     num_kept: int
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A tile before its place is known: query tokens and keys seen, [documents, num_tokens]."""
+
+    tokens: LongArray
+    seen: LongArray
+    width: int
+    masked: int
 
 
 def waste(mask: AttentionMask, sizes: TileSizes | None = None) -> float:
@@ -109,27 +155,92 @@ def waste(mask: AttentionMask, sizes: TileSizes | None = None) -> float:
     return mask.plan(make_tile_plan, 1, sizes or TileSizes()).num_pairs / mask.num_pairs
 
 
-def make_tile_plan(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> TilePlan:
-    """The plan of a micro-batch for attention with `num_kv_heads` key heads."""
-    first = _first_ranges(mask, num_kv_heads, sizes)
-    key_sets = (*first, *_second_ranges(mask, num_kv_heads, sizes))
-    low, high = mask.host_intervals[:, :2].T
-    second_only = _rows(mask, np.flatnonzero(low == high)[None], num_kv_heads)
-    pairs = sum(
-        key_set.batch * tile.rows.num_tokens * tile.width
-        for key_set in key_sets
-        for tile in key_set.tiles
-    )
-    num_kept = sum(
-        key_set.batch * tile.rows.num_tokens * tile.width
-        for key_set in key_sets
-        for tile in key_set.tiles
-        if tile.kept is not None
-    )
-    return TilePlan(key_sets, second_only, pairs // num_kv_heads, num_kept)
+def make_tile_plan(
+    mask: AttentionMask, num_kv_heads: int, sizes: TileSizes, groups: int = 1
+) -> TilePlan:
+    """The plan of a micro-batch for `num_kv_heads` key heads of `groups` query heads each."""
+    builder = _Builder(mask, num_kv_heads, sizes, groups)
+    for keys, tiles in _first_ranges(mask, sizes):
+        builder.add(keys, tiles, second=False)
+    for keys, tile in _second_ranges(mask, sizes):
+        builder.add(keys, [tile], second=True)
+    return TilePlan(tuple(builder.key_sets), builder.num_pairs // num_kv_heads, builder.num_kept)
 
 
-def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> Iterator[KeySet]:
+class _Builder:
+    """Collects key sets, token by token, and gives each tile its place."""
+
+    def __init__(
+        self, mask: AttentionMask, num_kv_heads: int, sizes: TileSizes, groups: int
+    ) -> None:
+        self._heads = np.arange(num_kv_heads)[:, None]
+        self._device = mask.key_intervals.device
+        self._sizes, self._groups = sizes, groups
+        self.key_sets: list[KeySet] = []
+        self.num_pairs = 0
+        self.num_kept = 0
+
+    def add(self, keys: LongArray, tiles: Sequence[_Tokens], *, second: bool) -> None:
+        """A key set of key tokens [documents, extent]; first ranges may keep probabilities."""
+        batch = len(keys) * len(self._heads)
+        chunks: list[QueryChunk] = []
+        waiting: list[_Tokens] = []
+        for tile in tiles:
+            rows = sum(each.tokens.size for each in [*waiting, tile]) * len(self._heads)
+            if waiting and rows > self._sizes.chunk_rows:
+                chunks.append(self._chunk(waiting, batch, second))
+                waiting = []
+            waiting.append(tile)
+        chunks.append(self._chunk(waiting, batch, second))
+        index = self._on_device(self._rows(keys))
+        self.key_sets.append(KeySet(index, batch, keys.shape[1], second, tuple(chunks)))
+
+    def _chunk(self, tiles: Sequence[_Tokens], batch: int, second: bool) -> QueryChunk:
+        placed = []
+        start = 0
+        for tile in tiles:
+            num_tokens = tile.tokens.shape[1]
+            num_scores = batch * num_tokens * tile.width
+            kept = None
+            if not second and tile.width <= self._sizes.kept_keys:
+                kept, self.num_kept = self.num_kept, self.num_kept + num_scores
+            seen = None
+            if (tile.seen < tile.masked).any():
+                seen = self._on_device(np.repeat(tile.seen[:, None], len(self._heads), axis=1))
+            pieces = tuple(self._pieces(batch, num_tokens, tile.width))
+            placed.append(QueryTile(start, num_tokens, seen, tile.width, tile.masked, kept, pieces))
+            start += batch * num_tokens
+            self.num_pairs += num_scores
+        rows = np.concatenate([self._rows(tile.tokens).ravel() for tile in tiles])
+        return QueryChunk(self._on_device(rows), tuple(placed))
+
+    def _pieces(self, batch: int, num_tokens: int, width: int) -> Iterator[Piece]:
+        num_scores = num_tokens * self._groups * width
+        if num_scores > self._sizes.row_scores:
+            # Fewer than 128 rows would cost more in packing the keys than they save in cache.
+            step = max(-(-128 // self._groups), self._sizes.row_scores // (width * self._groups))
+            for entry in range(batch):
+                for query in range(0, num_tokens, step):
+                    first = entry * num_tokens + query
+                    last = entry * num_tokens + min(query + step, num_tokens)
+                    yield Piece(entry, entry + 1, first, last)
+        else:
+            step = max(1, self._sizes.batch_scores // num_scores)
+            for entry in range(0, batch, step):
+                end = min(entry + step, batch)
+                yield Piece(entry, end, entry * num_tokens, end * num_tokens)
+
+    def _rows(self, tokens: LongArray) -> LongArray:
+        """[documents, tokens] -> [documents, heads, tokens]: rows of a source [T * K, columns]."""
+        return tokens[:, None] * len(self._heads) + self._heads
+
+    def _on_device(self, array: LongArray) -> Tensor:
+        return torch.from_numpy(array.ravel()).to(self._device)
+
+
+def _first_ranges(
+    mask: AttentionMask, sizes: TileSizes
+) -> Iterator[tuple[LongArray, list[_Tokens]]]:
     low, high = mask.host_intervals[:, :2].astype(np.int64).T
     queries = np.flatnonzero(high > low)
     lengths = (high - low)[queries]
@@ -145,7 +256,6 @@ def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> I
     counts = np.bincount(bucket, minlength=int(num_tiles.sum()))
     order = np.argsort(bucket, kind="stable")
     begins = np.cumsum(counts) - counts
-    num_kept = 0
     for documents in _alike(first_bucket, num_tiles, tile_sizes, counts, sizes.batch_keys):
         size = int(tile_sizes[documents[0]])
         extent = int(num_tiles[documents[0]]) * size
@@ -155,17 +265,11 @@ def _first_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> I
             num_tokens = int(counts[buckets[0]])
             if num_tokens:
                 members = order[begins[buckets][:, None] + np.arange(num_tokens)]
-                width = (step + 1) * size
-                tile = _query_tile(mask, queries[members], seen[members], num_kv_heads, width, size)
-                if width <= sizes.kept_keys:
-                    tile = replace(tile, kept=num_kept)
-                    num_kept += members.size * num_kv_heads * width
-                tiles.append(tile)
+                tiles.append(_Tokens(queries[members], seen[members], (step + 1) * size, size))
         # Keys beyond a document are hidden; they repeat its first so that nothing foreign is read.
         offsets = np.arange(extent)
         inside = offsets < extents[documents][:, None]
-        keys = starts[documents][:, None] + np.where(inside, offsets, 0)
-        yield _key_set(mask, keys, num_kv_heads, False, tiles)
+        yield starts[documents][:, None] + np.where(inside, offsets, 0), tiles
 
 
 def _alike(
@@ -187,7 +291,7 @@ def _alike(
             yield np.array(documents[start : start + size])
 
 
-def _second_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> Iterator[KeySet]:
+def _second_ranges(mask: AttentionMask, sizes: TileSizes) -> Iterator[tuple[LongArray, _Tokens]]:
     low, high = mask.host_intervals[:, 2:].astype(np.int64).T
     queries = np.flatnonzero(high > low)
     # Above every end of a range and every number of queries.
@@ -207,39 +311,4 @@ def _second_ranges(mask: AttentionMask, num_kv_heads: int, sizes: TileSizes) -> 
             batch = alike[at : at + size]
             members = order[begins[batch][:, None] + np.arange(num_tokens)]
             keys = starts[batch][:, None] + np.arange(length)
-            seen = np.full(members.shape, length)
-            tile = _query_tile(mask, members, seen, num_kv_heads, length, length)
-            yield _key_set(mask, keys, num_kv_heads, True, [tile])
-
-
-def _query_tile(
-    mask: AttentionMask,
-    tokens: LongArray,
-    seen: LongArray,
-    num_kv_heads: int,
-    width: int,
-    masked: int,
-) -> QueryTile:
-    """A tile of tokens [documents, num_tokens]."""
-    rows = _rows(mask, tokens, num_kv_heads)
-    if (seen == masked).all():
-        return QueryTile(rows, None, width, masked)
-    repeated = np.repeat(seen[:, None], num_kv_heads, axis=1)
-    return QueryTile(rows, _to_device(mask, repeated), width, masked)
-
-
-def _key_set(
-    mask: AttentionMask, tokens: LongArray, num_kv_heads: int, second: bool, tiles: list[QueryTile]
-) -> KeySet:
-    """A set of key tokens [documents, extent]."""
-    rows = _rows(mask, tokens, num_kv_heads)
-    batch = tokens.shape[0] * num_kv_heads
-    return KeySet(rows, batch, tokens.shape[1], second, tuple(tiles))
-
-
-def _rows(mask: AttentionMask, tokens: LongArray, num_kv_heads: int) -> Rows:
-    return Rows.of_tokens(tokens, num_kv_heads, mask.key_intervals.device)
-
-
-def _to_device(mask: AttentionMask, array: LongArray) -> Tensor:
-    return torch.from_numpy(array.ravel()).to(mask.key_intervals.device)
+            yield keys, _Tokens(members, np.full(members.shape, length), length, length)

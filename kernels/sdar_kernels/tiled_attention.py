@@ -10,17 +10,22 @@ Shape legend: T queries, S keys, N query heads, K key heads, G = N // K, H head_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.tile_groups import KeySet, QueryTile, TilePlan, TileSizes, make_tile_plan
-from sdar_kernels.tile_rows import Rows
+from sdar_kernels.tile_groups import (
+    KeySet,
+    Piece,
+    QueryTile,
+    TilePlan,
+    TileSizes,
+    make_tile_plan,
+)
 
 # torch.softmax takes as long for a row of 4 as for one of 100.
 _NARROW = 16
@@ -38,52 +43,10 @@ def tiled_attention(
 ) -> Tensor:
     """Attention under `mask`; same contract as `reference.attention`."""
     sizes = sizes or TileSizes()
-    plan = mask.plan(make_tile_plan, k_SKH.shape[1], sizes)
-    out: Tensor = _TiledAttention.apply(q_TNH, k_SKH, v_SKH, plan, sizes)
+    num_kv_heads = k_SKH.shape[1]
+    plan = mask.plan(make_tile_plan, num_kv_heads, sizes, q_TNH.shape[1] // num_kv_heads)
+    out: Tensor = _TiledAttention.apply(q_TNH, k_SKH, v_SKH, plan)
     return out
-
-
-class _Piece(NamedTuple):
-    """Part of a tile that is computed at a time: [start, end) of its batch, and of its queries."""
-
-    start: int
-    end: int
-    first_query: int
-    last_query: int
-
-    @property
-    def num_queries(self) -> int:
-        return self.last_query - self.first_query
-
-    @property
-    def batch(self) -> int:
-        return self.end - self.start
-
-    def rows(self, tile: QueryTile) -> Rows:
-        return tile.rows.part(self.start, self.end, self.first_query, self.last_query)
-
-    def seen(self, tile: QueryTile) -> Tensor:
-        assert tile.seen is not None, "the tile has hidden keys"
-        start = self.start * tile.rows.num_tokens + self.first_query
-        return tile.seen[start : (self.end - 1) * tile.rows.num_tokens + self.last_query]
-
-
-def _pieces(key_set: KeySet, tile: QueryTile, groups: int, sizes: TileSizes) -> Iterator[_Piece]:
-    """Pieces of bounded size; one that leaves out queries belongs to one batch entry."""
-    num_tokens, num_kv_heads = tile.rows.num_tokens, tile.rows.num_kv_heads
-    num_scores = num_tokens * groups * tile.width
-    if num_scores > sizes.row_scores:
-        # Fewer than 128 rows would cost more in packing the keys than they save in cache.
-        step = max(-(-128 // groups), sizes.row_scores // (tile.width * groups))
-        for entry in range(key_set.batch):
-            for query in range(0, num_tokens, step):
-                yield _Piece(entry, entry + 1, query, min(query + step, num_tokens))
-    else:
-        step = max(1, sizes.batch_scores // num_scores)
-        # Whole documents if one fits, so that rows can be written as stretches of tokens.
-        step = step // num_kv_heads * num_kv_heads or step
-        for entry in range(0, key_set.batch, step):
-            yield _Piece(entry, min(entry + step, key_set.batch), 0, num_tokens)
 
 
 class _Workspace:
@@ -102,10 +65,10 @@ class _Workspace:
             buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def gather(self, name: str, source: Tensor, rows: Rows) -> Tensor:
-        """source[rows], [rows, columns]."""
-        out = self.get(name, len(rows.index), source.shape[1], dtype=source.dtype)
-        return rows.gather(source, out)
+    def gather(self, name: str, source: Tensor, index: Tensor) -> Tensor:
+        """source[index], [rows, columns]."""
+        out = self.get(name, len(index), source.shape[1], dtype=source.dtype)
+        return torch.index_select(source, 0, index, out=out)
 
     def hiding(self, size: int) -> Tensor:
         """[size + 1, size]: row i is 0 for i columns, then -inf."""
@@ -122,38 +85,34 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scores(
-    space: _Workspace,
-    kept: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    tile: QueryTile,
-    piece: _Piece,
-    groups: int,
+    space: _Workspace, kept: Tensor, q: Tensor, keys: Tensor, tile: QueryTile, piece: Piece
 ) -> Tensor:
     """q k^T / sqrt(H), hidden keys at -inf: [batch, queries * G, width]; in `kept` if so."""
+    batch, rows = q.shape[:2]
     if tile.kept is None:
-        scores = space.get("scores", piece.batch, piece.num_queries * groups, tile.width)
+        scores = space.get("scores", batch, rows, tile.width)
     else:
-        scores = _kept(kept, tile, piece, groups)
+        scores = _kept(kept, q, tile, piece)
     scores.baddbmm_(q, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     if tile.seen is not None:
-        table = space.hiding(tile.masked)
-        seen = piece.seen(tile)
+        num_queries = (piece.last - piece.first) // batch
+        table, seen = space.hiding(tile.masked), tile.seen[piece.first : piece.last]
         hidden = space.get("hidden", len(seen), tile.masked, dtype=table.dtype)
         torch.index_select(table, 0, seen, out=hidden)
         last = scores[..., tile.width - tile.masked :]
-        last = last.view(piece.batch, piece.num_queries, groups, tile.masked)
-        last.add_(hidden.view(piece.batch, piece.num_queries, 1, tile.masked))
+        last = last.view(batch, num_queries, rows // num_queries, tile.masked)
+        last.add_(hidden.view(batch, num_queries, 1, tile.masked))
     return scores
 
 
-def _kept(kept: Tensor, tile: QueryTile, piece: _Piece, groups: int) -> Tensor:
+def _kept(kept: Tensor, q: Tensor, tile: QueryTile, piece: Piece) -> Tensor:
     """The piece's part of what is kept for backward: [batch, queries * G, width]."""
     assert tile.kept is not None, "the tile's probabilities are kept"
-    row = piece.start * tile.rows.num_tokens + piece.first_query
-    start = (tile.kept + row * tile.width) * groups
-    shape = (piece.batch, piece.num_queries * groups, tile.width)
-    return kept[start : start + prod(shape)].view(shape)
+    batch, rows = q.shape[:2]
+    groups = batch * rows // (piece.last - piece.first)
+    start = (tile.kept + piece.first * tile.width) * groups
+    size = batch * rows * tile.width
+    return kept[start : start + size].view(batch, rows, tile.width)
 
 
 def _softmax_(scores: Tensor) -> Tensor:
@@ -198,7 +157,7 @@ class _KeyGradient:
         self._sum = space.get(name, key_set.batch, *shape, dtype=like.dtype)
 
     def add(
-        self, weights: Tensor, rows: Tensor, piece: _Piece, *, scale: float, fresh: bool
+        self, weights: Tensor, rows: Tensor, piece: Piece, *, scale: float, fresh: bool
     ) -> None:
         """+= scale * weights^T rows; weights [batch, queries * G, width], rows [..., H]."""
         part, width = self._sum[piece.start : piece.end], weights.shape[-1]
@@ -209,111 +168,125 @@ class _KeyGradient:
             factors = (rows.transpose(1, 2), weights)
             _accumulate_(self._space, part[..., :width], *factors, scale, fresh)
 
-    def add_to(self, total: Tensor, rows: Rows) -> None:
-        """total[rows] += the gradient."""
+    def add_to(self, total: Tensor, index: Tensor) -> None:
+        """total[index] += the gradient."""
         keys_first = self._sum if self._few else self._sum.transpose(1, 2)
-        rows.add(total, keys_first.reshape(-1, total.shape[1]))
+        total.index_add_(0, index, keys_first.reshape(-1, total.shape[1]))
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, sizes: TileSizes
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> Tensor:
         num_kv_heads, head_dim = k.shape[1:]
         groups = q.shape[1] // num_kv_heads
         space = _Workspace(q)
         q_rows = q.reshape(-1, groups * head_dim)
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
-        out = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
-        out.index_fill_(0, plan.second_only.index, 0)
+        out = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
         lse = q.new_full((out.shape[0], groups), float("-inf"), dtype=_wide(q.dtype))
         # Share of a query's first range in its probability; that of the second is the rest.
         share = torch.ones_like(lse)
         kept = q.new_empty(plan.num_kept * groups)
         for key_set in plan.key_sets:
             shape = (key_set.batch, key_set.extent, head_dim)
-            keys = space.gather("keys", k_rows, key_set.rows).view(shape)
-            values = space.gather("values", v_rows, key_set.rows).view(shape)
-            for tile in key_set.tiles:
-                for piece in _pieces(key_set, tile, groups, sizes):
-                    rows, entries = piece.rows(tile), slice(piece.start, piece.end)
-                    queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
-                    visible = keys[entries, : tile.width]
-                    probabilities = _scores(space, kept, queries, visible, tile, piece, groups)
-                    part_lse = _softmax_and_lse_(probabilities).view(-1, groups)
-                    part = space.get("out", *queries.shape)
-                    torch.bmm(probabilities, values[entries, : tile.width], out=part)
-                    if key_set.second:
-                        first_lse = space.gather("lse", lse, rows)
-                        part_share = torch.sigmoid(first_lse.sub_(part_lse))
-                        rows.put(share, part_share)
-                        first = space.gather("q", out, rows).view(-1, groups, head_dim)
-                        weight = part_share.to(q.dtype).unsqueeze(-1)
-                        part = part.view(first.shape).lerp_(first, weight)
-                    else:
-                        rows.put(lse, part_lse)
-                    rows.put(out, part.view(len(rows.index), -1))
+            keys = space.gather("keys", k_rows, key_set.index).view(shape)
+            values = space.gather("values", v_rows, key_set.index).view(shape)
+            for chunk in key_set.chunks:
+                queries = space.gather("q", q_rows, chunk.index)
+                part = space.get("out", *queries.shape)
+                part_lse = space.get("lse", len(queries), groups, dtype=lse.dtype)
+                for tile in chunk.tiles:
+                    for piece in tile.pieces:
+                        entries, rows = slice(piece.start, piece.end), _rows(tile, piece)
+                        q_piece = _by_entry(queries[rows], piece, head_dim)
+                        visible = keys[entries, : tile.width]
+                        scores = _scores(space, kept, q_piece, visible, tile, piece)
+                        part_lse[rows] = _softmax_and_lse_(scores).view(-1, groups)
+                        out_piece = _by_entry(part[rows], piece, head_dim)
+                        torch.bmm(scores, values[entries, : tile.width], out=out_piece)
+                if not key_set.second:
+                    lse.index_copy_(0, chunk.index, part_lse)
+                    # Rows that no range has written yet are zero, and adding is faster.
+                    out.index_add_(0, chunk.index, part)
+                    continue
+                first_lse = space.gather("first_lse", lse, chunk.index)
+                part_share = torch.sigmoid(first_lse.sub_(part_lse))
+                share.index_copy_(0, chunk.index, part_share)
+                first = space.gather("q", out, chunk.index).view(-1, groups, head_dim)
+                weight = part_share.to(q.dtype).unsqueeze(-1)
+                part.view(first.shape).lerp_(first, weight)
+                out.index_copy_(0, chunk.index, part)
         out = out.view(q.shape)
         ctx.save_for_backward(q, k, v, out, share, kept)
-        ctx.plan, ctx.sizes = plan, sizes
+        ctx.plan = plan
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, share, kept = ctx.saved_tensors
+        plan: TilePlan = ctx.plan
         num_kv_heads, head_dim = k.shape[1:]
         groups, scale = q.shape[1] // num_kv_heads, head_dim**-0.5
         space = _Workspace(q)
         q_rows, upstream_rows = (x.reshape(-1, groups * head_dim) for x in (q, grad_out))
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
         delta = _row_products(out, grad_out).view(share.shape)
-        grad_q = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
-        grad_q.index_fill_(0, ctx.plan.second_only.index, 0)
+        grad_q = torch.zeros_like(q_rows, memory_format=torch.contiguous_format)
         grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(q.dtype)) for x in (k_rows, v_rows))
-        for key_set in ctx.plan.key_sets:
+        for key_set in plan.key_sets:
             shape = (key_set.batch, key_set.extent, head_dim)
-            keys = space.gather("keys", k_rows, key_set.rows).view(shape)
-            values = space.gather("values", v_rows, key_set.rows).view(shape)
+            keys = space.gather("keys", k_rows, key_set.index).view(shape)
+            values = space.gather("values", v_rows, key_set.index).view(shape)
             sum_k = _KeyGradient(space, "sum_k", key_set, grad_k)
             sum_v = _KeyGradient(space, "sum_v", key_set, grad_v)
-            for number, tile in enumerate(key_set.tiles):
-                for piece in _pieces(key_set, tile, groups, ctx.sizes):
-                    rows, entries = piece.rows(tile), slice(piece.start, piece.end)
-                    # The first tile covers all keys, so it need not find zeros in the sums.
-                    fresh = number == 0 and piece.first_query == 0
-                    queries = space.gather("q", q_rows, rows).view(piece.batch, -1, head_dim)
-                    visible = keys[entries, : tile.width]
-                    if tile.kept is None:
-                        probabilities = _softmax_(
-                            _scores(space, kept, queries, visible, tile, piece, groups)
-                        )
-                    else:
-                        probabilities = _kept(kept, tile, piece, groups)
-                    # With s the share of this range, and P its own probabilities, the gradient
-                    # of the scores is P * (s * grad_P - s * delta): s goes into the small factors.
-                    part_share = space.gather("share", share, rows)
-                    part_share = 1 - part_share if key_set.second else part_share
-                    upstream = space.gather("upstream", upstream_rows, rows)
-                    upstream.view(-1, groups, head_dim).mul_(part_share.to(q.dtype).unsqueeze(-1))
-                    upstream = upstream.view(queries.shape)
-                    part_delta = space.gather("delta", delta, rows).mul_(part_share).to(q.dtype)
-                    sum_v.add(probabilities, upstream, piece, scale=1.0, fresh=fresh)
-                    grad_s = space.get("grad_scores", *probabilities.shape)
-                    torch.bmm(upstream, values[entries, : tile.width].transpose(1, 2), out=grad_s)
-                    grad_s.sub_(part_delta.view(piece.batch, -1, 1)).mul_(probabilities)
-                    sum_k.add(grad_s, queries, piece, scale=scale, fresh=fresh)
-                    part = upstream.baddbmm_(grad_s, visible, beta=0, alpha=scale)
-                    part = part.view(len(rows.index), -1)
-                    if key_set.second:
-                        rows.add(grad_q, part)
-                    else:
-                        rows.put(grad_q, part)
-            sum_k.add_to(grad_k, key_set.rows)
-            sum_v.add_to(grad_v, key_set.rows)
+            widest = key_set.chunks[0].tiles[0]
+            for chunk in key_set.chunks:
+                queries = space.gather("q", q_rows, chunk.index)
+                # With s the share of this range, and P its own probabilities, the gradient of
+                # the scores is P * (s * grad_P - s * delta): s goes into the small factors.
+                part_share = space.gather("share", share, chunk.index)
+                part_share = 1 - part_share if key_set.second else part_share
+                part = space.gather("upstream", upstream_rows, chunk.index)
+                part.view(-1, groups, head_dim).mul_(part_share.to(q.dtype).unsqueeze(-1))
+                part_delta = space.gather("delta", delta, chunk.index).mul_(part_share).to(q.dtype)
+                for tile in chunk.tiles:
+                    for piece in tile.pieces:
+                        entries, rows = slice(piece.start, piece.end), _rows(tile, piece)
+                        # The first tile covers all keys, so it need not find zeros in the sums.
+                        entry_begins = piece.first == piece.start * tile.num_tokens
+                        fresh = tile is widest and entry_begins
+                        q_piece = _by_entry(queries[rows], piece, head_dim)
+                        upstream = _by_entry(part[rows], piece, head_dim)
+                        visible = keys[entries, : tile.width]
+                        if tile.kept is None:
+                            scores = _scores(space, kept, q_piece, visible, tile, piece)
+                            probabilities = _softmax_(scores)
+                        else:
+                            probabilities = _kept(kept, q_piece, tile, piece)
+                        sum_v.add(probabilities, upstream, piece, scale=1.0, fresh=fresh)
+                        grad_s = space.get("grad_scores", *probabilities.shape)
+                        seen_values = values[entries, : tile.width]
+                        torch.bmm(upstream, seen_values.transpose(1, 2), out=grad_s)
+                        grad_s.sub_(part_delta[rows].view(*upstream.shape[:2], 1))
+                        grad_s.mul_(probabilities)
+                        sum_k.add(grad_s, q_piece, piece, scale=scale, fresh=fresh)
+                        upstream.baddbmm_(grad_s, visible, beta=0, alpha=scale)
+                grad_q.index_add_(0, chunk.index, part)
+            sum_k.add_to(grad_k, key_set.index)
+            sum_v.add_to(grad_v, key_set.index)
         grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))
-        return (*(grad.to(q.dtype) for grad in grads), None, None)
+        return (*(grad.to(q.dtype) for grad in grads), None)
+
+
+def _rows(tile: QueryTile, piece: Piece) -> slice:
+    """The piece's rows in its chunk."""
+    return slice(tile.start + piece.first, tile.start + piece.last)
+
+
+def _by_entry(rows: Tensor, piece: Piece, head_dim: int) -> Tensor:
+    """[rows, G * H] -> [batch, queries * G, H]."""
+    return rows.view(piece.end - piece.start, -1, head_dim)
 
 
 def _row_products(left: Tensor, right: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class SdarAttention(nn.Module):
 
         Collectives: see `column_parallel_projections`.
         """
-        weights = (self.q_proj.local(), self.k_proj.local(), self.v_proj.local())
+        weights = [proj.product() for proj in (self.q_proj, self.k_proj, self.v_proj)]
         group, split = self.tp.get_group(), self.sequence_parallel
         q, k, v = column_parallel_projections(x, weights, group, split)
         return self._attend(q, k, v, layout, layout)
@@ -98,7 +98,7 @@ class SdarAttention(nn.Module):
 
         Keys and values are those of all T tokens.
         """
-        weights = (self.k_proj.local(), self.v_proj.local())
+        weights = (self.k_proj.product(), self.v_proj.product())
         k, v = column_parallel_projections(x_TD, weights, None, False)
         q = self.q_proj(x_TD.index_select(0, selected.positions))
         return self._attend(q, k, v, selected.layout, layout)

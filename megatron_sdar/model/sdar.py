@@ -35,8 +35,8 @@ from megatron_sdar.parallel.layers import (
     ReplicatedVector,
     RowParallelLinear,
     VocabParallelEmbedding,
-    local_weight,
 )
+from megatron_sdar.parallel.local_weights import local_weight
 from megatron_sdar.parallel.projections import column_parallel_projections
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -106,7 +106,7 @@ class SdarMLP(nn.Module):
 
         Collectives: see `column_parallel_projections`.
         """
-        weights = (self.gate_proj.local(), self.up_proj.local())
+        weights = (self.gate_proj.product(), self.up_proj.product())
         group, split = self.tp.get_group(), self.sequence_parallel
         gate, up = column_parallel_projections(x, weights, group, split)
         activated = swiglu(gate, up, self.fused_kernels)
@@ -289,15 +289,14 @@ class SdarStage(nn.Module):
         head_VD = local_weight(self.lm_head.weight)
         if return_logits:
             return F.linear(x_MD, head_VD)[:, : self.vocab_shard.num_valid]
-        loss_sum = vocab_parallel_cross_entropy(
+        return vocab_parallel_cross_entropy(
             x_MD,
             head_VD,
             batch.target_ids,
-            batch.loss_weights,
+            batch.loss_weights * batch.loss_scale,
             self.vocab_shard,
             impl=self.fused_kernels,
         )
-        return loss_sum * batch.loss_scale
 
     def _selections(
         self, batch: DeviceBatch, layout: TokenLayout

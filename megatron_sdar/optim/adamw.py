@@ -70,10 +70,22 @@ class ShardedAdamW:
         for shard in self.shards.values():
             shard.grad = None
 
-    def zero_grad(self) -> None:
-        """Drop the parameters' gradients."""
+    def zero_grad(self, keep: bool = False) -> None:
+        """Drop the parameters' gradients.
+
+        Args:
+            keep: set them to zero instead, and make those that are missing. A gradient outlives
+                the activations around it: made among them, it would end up in a hole that the
+                next micro-batch's activations then do not fit. FSDP makes gradients itself.
+        """
         for parameter in self.parameters.values():
-            parameter.grad = None
+            if not keep:
+                parameter.grad = None
+            elif parameter.grad is None:
+                zeros = torch.zeros_like(local_tensor(parameter))
+                parameter.grad = like_parameter(zeros, _distributed(parameter))
+            else:
+                local_tensor(parameter.grad).zero_()
 
     def moments(self) -> dict[str, DTensor]:
         """All moments as DTensors of the parameters' layout: '{name}.exp_avg' and so on."""

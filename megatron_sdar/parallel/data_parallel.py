@@ -47,6 +47,11 @@ def apply_data_parallel(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def is_data_parallel(stage: nn.Module) -> bool:
+    """Whether FSDP holds the stage's parameters and makes their gradients."""
+    return isinstance(stage, FSDPModule)
+
+
 def mark_backward(stage: nn.Module, is_last: bool, strategy: str) -> None:
     """Tell FSDP what the coming backward does with gradients and gathered weights.
 

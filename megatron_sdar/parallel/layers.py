@@ -8,36 +8,15 @@ with `collectives.enter_parallel_region` and `leave_parallel_region`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn import functional as F
 
 from megatron_sdar.parallel.collectives import leave_parallel_region
-
-
-class _LocalWeight(torch.autograd.Function):
-    """DTensor -> its local shard; the gradient goes back as a DTensor of the same layout.
-
-    `DTensor.to_local()` does the same at about three times the cost per use.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: DTensor) -> Tensor:
-        ctx.spec = weight._spec
-        return weight._local_tensor.view_as(weight._local_tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> DTensor:  # type: ignore[override]
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
-
-
-def local_weight(weight: Tensor) -> Tensor:
-    """The shard of a DTensor parameter that this rank computes with."""
-    return _LocalWeight.apply(weight)
+from megatron_sdar.parallel.local_weights import ProductWeight, local_weight, lookup
+from megatron_sdar.parallel.projections import project
+from megatron_sdar.parallel.sharding import local_tensor
 
 
 def sharded_parameter(
@@ -67,12 +46,12 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp, Shard(0), dtype)
 
-    def local(self) -> Tensor:
+    def product(self) -> ProductWeight:
         """This rank's rows of W, to be multiplied with (see projections)."""
-        return local_weight(self.weight)
+        return ProductWeight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.local())
+        return project(x, self.product())
 
 
 class RowParallelLinear(nn.Module):
@@ -85,7 +64,7 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded_parameter((out_features, in_features), tp, Shard(1), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local_weight(self.weight))
+        return project(x, ProductWeight(self.weight))
 
 
 class ReplicatedHeadLinear(nn.Module):
@@ -107,12 +86,12 @@ class ReplicatedHeadLinear(nn.Module):
         shape = (num_heads * head_dim, in_features)
         self.weight = sharded_parameter(shape, tp, Replicate(), dtype)
 
-    def local(self) -> Tensor:
+    def product(self) -> ProductWeight:
         """The rows of this rank's head."""
-        return local_weight(self.weight)[self.rows]
+        return ProductWeight(self.weight, self.rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.local())
+        return project(x, self.product())
 
 
 class ReplicatedVector(nn.Module):
@@ -156,12 +135,12 @@ class VocabParallelEmbedding(nn.Module):
 
         Collective: all_reduce, or reduce_scatter with sequence parallelism.
         """
-        weight = local_weight(self.weight)
         if self.tp.size() == 1:
-            return F.embedding(input_ids, weight)
-        local_ids = input_ids - self.tp.get_local_rank() * weight.shape[0]
-        elsewhere = (local_ids < 0) | (local_ids >= weight.shape[0])
-        partial = F.embedding(local_ids.masked_fill(elsewhere, 0), weight)
+            return lookup(input_ids, self.weight)
+        num_rows = local_tensor(self.weight).shape[0]
+        local_ids = input_ids - self.tp.get_local_rank() * num_rows
+        elsewhere = (local_ids < 0) | (local_ids >= num_rows)
+        partial = lookup(local_ids.masked_fill(elsewhere, 0), self.weight)
         partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return leave_parallel_region(partial, self.tp.get_group(), self.sequence_parallel)
 

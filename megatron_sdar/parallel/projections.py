@@ -24,16 +24,17 @@ from megatron_sdar.parallel.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from megatron_sdar.parallel.local_weights import ProductWeight
 
 
 def column_parallel_projections(
-    x: Tensor, weights: Sequence[Tensor], group: Group | None, sequence_parallel: bool
+    x: Tensor, weights: Sequence[ProductWeight], group: Group | None, sequence_parallel: bool
 ) -> tuple[Tensor, ...]:
     """x W^T for each of this rank's shards W.
 
     Args:
         x: [T, D], the same on every tp rank, or with sequence parallelism this rank's [T / tp, D].
-        weights: local shards [columns, D].
+        weights: of each, this rank's shard [columns, D]; gradients are summed as they say.
         group: the tp group; None if x has entered the parallel region already: then no
             collective runs.
         sequence_parallel: whether x is divided over tp by tokens.
@@ -44,31 +45,45 @@ def column_parallel_projections(
     Collectives: with sequence parallelism all_gather (tp) forward, all_gather and reduce_scatter
     backward; else all_reduce (tp) backward.
     """
-    return _Projections.apply(x, group, sequence_parallel, *weights)
+    parameters = (weight.parameter for weight in weights)
+    return _Projections.apply(x, group, sequence_parallel, weights, *parameters)
+
+
+def project(x: Tensor, weight: ProductWeight) -> Tensor:
+    """x W^T with this rank's shard W: [T, D] -> [T, columns]. No collective."""
+    return column_parallel_projections(x, [weight], None, False)[0]
 
 
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Group | None, sequence_parallel: bool, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        group: Group | None,
+        sequence_parallel: bool,
+        weights: Sequence[ProductWeight],
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.group = group if group is not None and dist.get_world_size(group) > 1 else None
         ctx.split = sequence_parallel and ctx.group is not None
-        ctx.save_for_backward(x, *weights)
+        # Parameters outlive the graph, and FSDP may free and gather them again in between.
+        ctx.weights = weights
+        ctx.save_for_backward(x)
         whole = all_gather_tokens(x, ctx.group) if ctx.split else x
-        return tuple(torch.mm(whole, weight.t()) for weight in weights)
+        return tuple(torch.mm(whole, weight.local().t()) for weight in weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        weights: Sequence[ProductWeight] = ctx.weights
         gathering: dist.Work | None = None
         whole = x
         if ctx.split:
             whole, gathering = start_all_gather(x, ctx.group)
-        grad_x = torch.mm(grads[0], weights[0])
+        grad_x = torch.mm(grads[0], weights[0].local())
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x.addmm_(grad, weight)
+            grad_x.addmm_(grad, weight.local())
         summing: dist.Work | None = None
         summed = grad_x
         if ctx.split:
@@ -77,7 +92,9 @@ class _Projections(torch.autograd.Function):
             summing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if gathering is not None:
             gathering.wait()
-        grad_weights = [torch.mm(grad.t(), whole) for grad in grads]
+        grad_weights = [
+            weight.gradient(grad, whole) for weight, grad in zip(weights, grads, strict=True)
+        ]
         if summing is not None:
             summing.wait()
-        return (summed, None, None, *grad_weights)
+        return (summed, None, None, None, *grad_weights)

@@ -18,7 +18,7 @@ from megatron_sdar.diffusion.loss import micro_batch_scales
 from megatron_sdar.diffusion.rows import Row
 from megatron_sdar.model.sdar import EMBEDDING, HEAD, DeviceBatch, SdarStage
 from megatron_sdar.optim.adamw import ShardedAdamW
-from megatron_sdar.parallel.data_parallel import mark_backward
+from megatron_sdar.parallel.data_parallel import is_data_parallel, mark_backward
 from megatron_sdar.parallel.gradients import (
     global_grad_norm,
     local_gradients,
@@ -85,6 +85,7 @@ class TrainingStep:
         self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
         self.tied_name = self._tied_copy(arch)
         self.selects = any(stage.trims for stage in stages)
+        self.keeps_gradients = not any(is_data_parallel(stage) for stage in stages)
         split = mesh.tp_size if stages[0].sequence_parallel else 1
         self.executor = PipelineExecutor(
             stages,
@@ -137,7 +138,7 @@ class TrainingStep:
             FloatingPointError: on every rank, before any weight changes, when the loss or the
                 gradient norm is not finite.
         """
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(keep=self.keeps_gradients)
         loss_tensor, label_tokens = self.backward(micro_batches)
         gradients = local_gradients(self.parameters)
         counted_elsewhere = {HEAD} if self.tied_name == HEAD else set()
@@ -148,5 +149,6 @@ class TrainingStep:
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
         self.optimizer.step(gradients, lr)
-        self.optimizer.zero_grad()
+        if not self.keeps_gradients:
+            self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, label_tokens)

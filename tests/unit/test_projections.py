@@ -11,6 +11,7 @@ from distributed.world import run_world
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_sdar.parallel.local_weights import ProductWeight
 from megatron_sdar.parallel.projections import column_parallel_projections
 
 TOKENS, HIDDEN, COLUMNS = 6, 5, (4, 2, 8)
@@ -40,7 +41,8 @@ def check(sequence_parallel: bool) -> None:
     _, _, _, all_upstream = problem(0, 1)
     mine = x.chunk(world)[rank].clone() if sequence_parallel else x.clone()
     leaves = [mine.requires_grad_(), *(shard.requires_grad_() for shard in shards)]
-    outs = column_parallel_projections(mine, shards, dist.group.WORLD, sequence_parallel)
+    weights_used = [ProductWeight(shard) for shard in shards]
+    outs = column_parallel_projections(mine, weights_used, dist.group.WORLD, sequence_parallel)
     grads = torch.autograd.grad(outs, leaves, upstream)
 
     whole = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
@@ -71,7 +73,6 @@ def test_only_this_ranks_tokens_are_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
-        column_parallel_projections(
-            x.requires_grad_(), [s.requires_grad_() for s in shards], dist.group.WORLD, True
-        )
-    assert saved == [(TOKENS, HIDDEN), *((columns, HIDDEN) for columns in COLUMNS)]
+        weights = [ProductWeight(shard.requires_grad_()) for shard in shards]
+        column_parallel_projections(x.requires_grad_(), weights, dist.group.WORLD, True)
+    assert saved == [(TOKENS, HIDDEN)]

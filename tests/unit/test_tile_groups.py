@@ -21,9 +21,10 @@ def _covered(mask: AttentionMask, plan: TilePlan, num_kv_heads: int) -> NDArray[
     """How often each (query, key) pair is computed and not hidden, per key head; [K, T, S]."""
     times = np.zeros((num_kv_heads, mask.num_tokens, mask.num_keys), dtype=np.int64)
     for key_set in plan.key_sets:
-        keys = key_set.rows.index.view(key_set.batch, key_set.extent).numpy()
-        for tile in key_set.tiles:
-            rows = tile.rows.index.view(key_set.batch, tile.rows.num_tokens).numpy()
+        keys = key_set.index.view(key_set.batch, key_set.extent).numpy()
+        for chunk, tile in ((chunk, tile) for chunk in key_set.chunks for tile in chunk.tiles):
+            end = tile.start + key_set.batch * tile.num_tokens
+            rows = chunk.index[tile.start : end].view(key_set.batch, tile.num_tokens).numpy()
             seen = np.full(rows.shape, tile.masked)
             if tile.seen is not None:
                 seen = tile.seen.view(rows.shape).numpy()
@@ -56,7 +57,7 @@ def test_the_first_tile_of_a_key_set_reads_all_of_its_keys(sizes: TileSizes) -> 
             widths = [tile.width for tile in key_set.tiles]
             assert widths[0] == key_set.extent
             assert widths == sorted(widths, reverse=True)
-            assert key_set.rows.index.numel() == key_set.batch * key_set.extent
+            assert key_set.index.numel() == key_set.batch * key_set.extent
 
 
 def test_equal_documents_share_batches() -> None:
@@ -100,7 +101,7 @@ def test_narrow_tiles_of_first_ranges_are_kept_one_behind_the_other() -> None:
         for tile in key_set.tiles:
             kept = not key_set.second and tile.width <= 48
             assert tile.kept == (at if kept else None)
-            at += kept * key_set.batch * tile.rows.num_tokens * tile.width
+            at += kept * key_set.batch * tile.num_tokens * tile.width
     assert 0 < at == plan.num_kept
     assert make_tile_plan(mask, 2, TileSizes(kept_keys=0)).num_kept == 0
 
