@@ -8,12 +8,19 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sdar.benchmark.arguments import (
+    add_attention,
+    add_data,
+    add_loss,
+    add_step,
+    add_views,
+)
 from megatron_sdar.benchmark.attention import AttentionOptions, measure_attention
 from megatron_sdar.benchmark.attention_report import plot_attention, show_attention
 from megatron_sdar.benchmark.data import measure_data, show_figures
@@ -23,9 +30,12 @@ from megatron_sdar.benchmark.linear_cross_entropy import (
     show_linear_cross_entropy,
 )
 from megatron_sdar.benchmark.step import measure_step
-from megatron_sdar.benchmark.step_data import read_corpus
+from megatron_sdar.benchmark.step_data import Corpus, read_corpus
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_report import plot_step, show_step
+from megatron_sdar.benchmark.view_forms import ViewsOptions
+from megatron_sdar.benchmark.views import measure_views
+from megatron_sdar.benchmark.views_report import plot_views, show_views
 from megatron_sdar.data.demo import make_demo_data
 from megatron_sdar.data.loading.packing import check_row_size
 
@@ -40,21 +50,9 @@ examples:
   python tools/benchmark.py step --quick              # does it run? 40 seconds
   python tools/benchmark.py step --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \\
       --json step.json --plot step.png                # half an hour on 2 cores
+  python tools/benchmark.py views --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \\
+      --json views.json --plot views.png              # ten minutes on 1 core
 """
-_STEP_HELP = """\
-One optimizer step of a 42 M parameter model, in turn and on the same documents:
-
-  peer        transformers' Qwen3, rows [noisy | clean], dense mask, SDPA, torch's AdamW
-  paper       this trainer on the same whole copies
-  exact       this trainer on the blocks that the loss depends on, packed by what is left
-  exact bf16  the same with bf16 activations over fp32 weights
-  floor       time of exact's matrix products at the rate of one large product
-
-and the CPU time of TP2 with sequence parallelism, PP2 and FSDP2 over two gloo processes beside one
-process. Losses are compared before anything is timed. Figures are ratios of neighbours in time;
-what they are divided by is printed below the tables. The machine should have nothing else to do.
-"""
-
 Say = Callable[[str], None]
 
 
@@ -63,142 +61,17 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_data, _add_attention, _add_loss, _add_step):
+    for add, run in (
+        (add_data, _data),
+        (add_attention, _attention),
+        (add_loss, _loss),
+        (add_step, _step),
+        (add_views, _views),
+    ):
         command = add(commands)
+        command.set_defaults(run=run)
         command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     return parser
-
-
-def _add_data(commands: Any) -> argparse.ArgumentParser:
-    data: argparse.ArgumentParser = commands.add_parser(
-        "data", help="tokenising, memory, packing, row assembly, waiting for rows"
-    )
-    data.set_defaults(run=_data)
-    data.add_argument("--input", type=Path, metavar="JSONL", help="default: generated problems")
-    data.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
-    data.add_argument("--rounds", type=int, default=2, help="of each ratio (default %(default)s)")
-    data.add_argument(
-        "--repeat", type=int, default=20, help="size of the large input (default %(default)sx)"
-    )
-    return data
-
-
-def _add_attention(commands: Any) -> argparse.ArgumentParser:
-    attention: argparse.ArgumentParser = commands.add_parser(
-        "attention",
-        help="our backends, dense and per-document SDPA and the FLOP limit, in turn; waste",
-    )
-    attention.set_defaults(run=_attention)
-    defaults = AttentionOptions()
-    attention.add_argument(
-        "--length",
-        type=int,
-        default=defaults.length,
-        help="tokens of one copy, rows hold two (default %(default)s)",
-    )
-    attention.add_argument(
-        "--documents",
-        type=int,
-        default=defaults.documents,
-        help="how many share them in the packed row (default %(default)s)",
-    )
-    attention.add_argument(
-        "--heads",
-        type=int,
-        nargs=3,
-        metavar=("QUERY", "KEY", "DIM"),
-        default=(defaults.num_heads, defaults.num_kv_heads, defaults.head_dim),
-        help="query heads, key heads, head size (default 8 4 64; SDAR-8B: 32 8 128)",
-    )
-    attention.add_argument("--block-length", type=int, default=defaults.block_length)
-    attention.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="(default %(default)s)",
-    )
-    attention.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: a GPU if there is one)",
-    )
-    attention.add_argument(
-        "--threads",
-        type=int,
-        default=defaults.num_threads,
-        help="of torch on a CPU (default %(default)s: the least disturbed)",
-    )
-    attention.add_argument(
-        "--rounds", type=int, default=defaults.rounds, help="(default %(default)s)"
-    )
-    attention.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of the times")
-    return attention  # fmt: skip
-
-
-def _add_loss(commands: Any) -> argparse.ArgumentParser:
-    loss: argparse.ArgumentParser = commands.add_parser(
-        "loss", help="chunked linear cross-entropy against the plain form: time and peak memory"
-    )
-    loss.set_defaults(run=_loss)
-    loss.add_argument("--tokens", type=int, default=2048, help="masked (default %(default)s)")
-    loss.add_argument("--hidden", type=int, default=512, help="size (default %(default)s)")
-    loss.add_argument("--vocab", type=int, default=151_936, help="size (default %(default)s)")
-    loss.add_argument("--rounds", type=int, default=2, help="(default %(default)s)")
-    return loss
-
-
-def _add_step(commands: Any) -> argparse.ArgumentParser:
-    step: argparse.ArgumentParser = commands.add_parser(
-        "step",
-        help="a whole optimizer step: published code, ours, the floor; parallel overhead",
-        description=_STEP_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    step.set_defaults(run=_step)
-    defaults = StepOptions()
-    step.add_argument("--input", type=Path, metavar="FILE", help="default: generated problems")
-    step.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
-    step.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        metavar="L",
-        default=defaults.lengths,
-        help="tokens of one copy, rows hold two (default 2048 4096)",
-    )
-    step.add_argument(
-        "--rows",
-        type=int,
-        default=defaults.rows,
-        help="published rows of a step; exact needs about 3/4 of them (default %(default)s)",
-    )
-    step.add_argument(
-        "--rounds", type=int, default=defaults.rounds, help="of our forms (default %(default)s)"
-    )
-    step.add_argument(
-        "--peer-rounds",
-        type=int,
-        default=defaults.peer_rounds,
-        help="of the peer, which takes minutes a step at 4096 (default %(default)s)",
-    )
-    step.add_argument(
-        "--parallel-rounds",
-        type=int,
-        default=defaults.parallel_rounds,
-        help="of one process and the layouts (default %(default)s)",
-    )
-    step.add_argument(
-        "--threads",
-        type=int,
-        default=defaults.threads,
-        help="of torch for all forms (default: all cores, %(default)s)",
-    )
-    step.add_argument("--block-length", type=int, default=defaults.block_length)
-    step.add_argument(
-        "--quick", action="store_true", help="toy model and rows: shows that it runs, no more"
-    )
-    step.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of answer tokens/s")
-    return step
 
 
 def _data(args: argparse.Namespace, say: Say) -> dict[str, Any]:
@@ -250,9 +123,10 @@ def _loss(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    for name in ("rows", "rounds", "peer_rounds", "parallel_rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("rows", 1), ("rounds", 1), ("peer_rounds", 1), ("threads", 1),
+                        ("parallel_rounds", 0)):  # fmt: skip
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
     for length in args.lengths:
         check_row_size(length, args.block_length)
     options = StepOptions(
@@ -266,13 +140,40 @@ def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     )
     if args.quick:
         options = options.quick()
+    corpus = _corpus(args, options)
+    figures = measure_step(options, corpus, say, lambda known: _write(args.json, known.to_json()))
+    show_step(figures)
+    if args.plot is not None:
+        plot_step(figures, args.plot)
+        say(f"plot: {args.plot}")
+    return figures.to_json()
+
+
+def _views(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    options = ViewsOptions(noise_eps=args.noise_eps, block_length=args.block_length, seed=args.seed)
+    if args.quick:
+        options = options.quick()
+    chosen = ("documents", "draws", "warmup_steps")
+    given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
+    options = replace(options, **given)
+    options.check()
+    figures = measure_views(options, _corpus(args, options), say)
+    show_views(figures)
+    if args.plot is not None:
+        plot_views(figures, args.plot)
+        say(f"plot: {args.plot}")
+    return figures.to_json()
+
+
+def _corpus(args: argparse.Namespace, options: StepOptions | ViewsOptions) -> Corpus:
+    """The documents of --input, or generated ones."""
     with tempfile.TemporaryDirectory(prefix="sdar-benchmark-") as folder:
         if args.input is None:
             make_demo_data(Path(folder))
             args.input, args.tokenizer = Path(folder, "train.jsonl"), Path(folder, "model")
         elif args.tokenizer is None:
             raise ValueError("--input needs --tokenizer: a model directory")
-        corpus = read_corpus(
+        return read_corpus(
             args.input,
             args.tokenizer,
             Path(folder),
@@ -281,12 +182,11 @@ def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             seed=options.seed,
             max_documents=options.max_documents,
         )
-    figures = measure_step(options, corpus, say)
-    show_step(figures)
-    if args.plot is not None:
-        plot_step(figures, args.plot)
-        say(f"plot: {args.plot}")
-    return figures.to_json()
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         figures = args.run(args, lambda line: print(line, file=sys.stderr, flush=True))
-        if args.json is not None:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        _write(args.json, figures)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

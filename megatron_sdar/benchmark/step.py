@@ -7,8 +7,8 @@ time that the products of our step would take at the rate of a large matrix prod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -79,9 +79,9 @@ class StepFigures:
 
     Attributes:
         forms: every form at every length.
-        layouts: parallel overhead.
+        layouts: parallel overhead; empty if it is not measured.
         product_gflops: rate of the matrix product by dtype.
-        ratios: the figures with goals, see `_ratios`.
+        ratios: the figures with goals, see `_ratios`; then each layout's.
         cpu_speedups: answer tokens per CPU second of exact over those of the peer, by length.
             Far from the speedup by the clock: other programs took cores from one of the two.
         notes: what the figures are divided by, and other things a reader must know.
@@ -103,13 +103,17 @@ class StepFigures:
         return next(each for each in self.forms if (each.length, each.form) == (length, name))
 
 
-def measure_step(options: StepOptions, corpus: Corpus, say: Say) -> StepFigures:
+Keep = Callable[[StepFigures], None]
+
+
+def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> StepFigures:
     """Measure everything.
 
     Args:
         options: what is measured.
         corpus: documents to choose from.
         say: called with what is being measured.
+        keep: called with all that is known whenever more is known: a run takes long.
 
     Raises:
         ValueError: too few documents, or forms whose losses differ.
@@ -118,20 +122,21 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say) -> StepFigures:
     torch.set_num_threads(options.threads)
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", _TIMEOUT_SECONDS)
     try:
-        forms, rates, notes = _measure_forms(options, corpus, say)
+        for figures in _measure_forms(options, corpus, say):
+            keep(figures)
     finally:
         stop_process_group()
         torch.set_num_threads(threads)
-    layouts = measure_layouts(options, corpus.documents, say)
-    ratios = _ratios(options, forms, layouts, rates)
-    gflops = {name: rate / 1e9 for name, rate in rates.items()}
-    cpu_speedups = _cpu_speedups(options, forms)
-    return StepFigures(tuple(forms), tuple(layouts), gflops, ratios, cpu_speedups, tuple(notes))
+    if options.parallel_rounds:
+        layouts = tuple(measure_layouts(options, corpus.documents, say))
+        ratios = {f"{each.layout}_cpu_ratio": each.cpu_ratio for each in layouts}
+        figures = replace(figures, layouts=layouts, ratios={**figures.ratios, **ratios})
+        keep(figures)
+    return figures
 
 
-def _measure_forms(
-    options: StepOptions, corpus: Corpus, say: Say
-) -> tuple[list[FormFigures], dict[str, float], list[str]]:
+def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[StepFigures]:
+    """What is known of the forms, again and again; layouts are not measured here."""
     say("building the models")
     own = {name: make_form(name, options, None) for name in FORMS if name != PEER}
     first = own[PAPER]
@@ -143,14 +148,17 @@ def _measure_forms(
         "float32": ProductRate(options.gemm_size, torch.float32),
         "bfloat16": ProductRate(options.gemm_size, torch.bfloat16),
     }
-    timed = [
-        each
-        for length in options.lengths
-        for each in _time_length(options, corpus.documents, length, forms, products, say)
-    ]
-    rates = {name: product.best for name, product in products.items()}
-    figures = [each.figures(rates) for each in timed]
-    return figures, rates, step_notes(options, corpus, peer.num_parameters)
+    notes = tuple(step_notes(options, corpus, peer.num_parameters))
+    done: list[_Timed] = []
+    for length in options.lengths:
+        for timed in _time_length(options, corpus.documents, length, forms, products, say):
+            rates = {name: product.best for name, product in products.items()}
+            known = [each.figures(rates) for each in [*done, *timed]]
+            gflops = {name: rate / 1e9 for name, rate in rates.items()}
+            yield StepFigures(
+                tuple(known), (), gflops, _ratios(known, rates), _cpu_speedups(known), notes
+            )
+        done += timed
 
 
 @dataclass
@@ -196,8 +204,11 @@ def _time_length(
     forms: Mapping[str, Form],
     products: Mapping[str, ProductRate],
     say: Say,
-) -> list[_Timed]:
-    """All forms in turn on one set of documents; the first steps are for the losses only."""
+) -> Iterator[list[_Timed]]:
+    """All forms in turn on one set of documents; the first steps are for the losses only.
+
+    Yields the forms when they have been timed, and again with the memory of all of them.
+    """
     shape = options.shape(length)
     longest = min(length, options.row_length // 2)
     documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, longest)
@@ -222,11 +233,12 @@ def _time_length(
         for each in timed:
             if number < (options.peer_rounds if each.form == PEER else options.rounds):
                 each.times.append(time_step(forms[each.form].step))
+    yield timed
     for each in timed:
         if each.form != EXACT_BF16:
             say(f"  memory of {each.form}")
             each.memory = measure_memory(each.form, options, length, documents)
-    return timed
+    yield timed
 
 
 def _check_loss(name: str, loss: float, expected: float) -> None:
@@ -237,36 +249,28 @@ def _check_loss(name: str, loss: float, expected: float) -> None:
         )
 
 
-def _ratios(
-    options: StepOptions,
-    forms: Sequence[FormFigures],
-    layouts: Sequence[LayoutFigures],
-    rates: Mapping[str, float],
-) -> dict[str, float]:
+def _ratios(forms: Sequence[FormFigures], rates: Mapping[str, float]) -> dict[str, float]:
     """The figures that have goals. Of one row length where none is named: the first."""
     by_name = {(each.length, each.form): each for each in forms}
+    lengths = list(dict.fromkeys(each.length for each in forms))
     speedups, memory = {}, {}
-    for length in options.lengths:
+    for length in lengths:
         peer, exact = by_name[length, PEER], by_name[length, EXACT]
         speedups[f"speedup_vs_peer_{length}"] = exact.answer_tokens_per_s / peer.answer_tokens_per_s
-        memory[f"memory_vs_peer_{length}"] = _peak_mb(exact) / _peak_mb(peer)
-    first = options.lengths[0]
-    paper, exact, bf16 = (by_name[first, name] for name in (PAPER, EXACT, EXACT_BF16))
+        if peer.memory is not None and exact.memory is not None:
+            ratio = exact.memory.total_mb / peer.memory.total_mb
+            memory[f"memory_vs_peer_{length}"] = ratio
+    paper, exact, bf16 = (by_name[lengths[0], name] for name in (PAPER, EXACT, EXACT_BF16))
     return {
         **speedups,
         "speedup_vs_paper_semantics": exact.answer_tokens_per_s / paper.answer_tokens_per_s,
         "floor_share_fp32": exact.flops / rates["float32"] / exact.seconds,
         "floor_share_bf16": bf16.flops / rates["bfloat16"] / bf16.seconds,
         **memory,
-        **{f"{each.layout}_cpu_ratio": each.cpu_ratio for each in layouts},
     }
 
 
-def _cpu_speedups(options: StepOptions, forms: Sequence[FormFigures]) -> dict[int, float]:
+def _cpu_speedups(forms: Sequence[FormFigures]) -> dict[int, float]:
     cpu = {(each.length, each.form): each.cpu_seconds for each in forms}
-    return {length: cpu[length, PEER] / cpu[length, EXACT] for length in options.lengths}
-
-
-def _peak_mb(form: FormFigures) -> float:
-    assert form.memory is not None, f"memory of {form.form} was measured"
-    return form.memory.total_mb
+    lengths = dict.fromkeys(each.length for each in forms)
+    return {length: cpu[length, PEER] / cpu[length, EXACT] for length in lengths}

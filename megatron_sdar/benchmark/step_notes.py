@@ -17,9 +17,8 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
         "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
         "trainer on the blocks that the loss depends on, packed by what is left, and a last layer "
-        f"without unused outputs, in rows of {options.row_length} tokens. Ours recompute norms, "
-        "rotations and SwiGLU in backward (recompute_granularity: selective); the peer keeps "
-        "everything.",
+        f"without unused outputs, in rows of {options.row_length} tokens: what is left of a "
+        "document needs no row of two copies. Nothing is recomputed in backward.",
         "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
         "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
         "MFU: them over seconds over the rate of a product of "

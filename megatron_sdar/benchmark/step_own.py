@@ -58,7 +58,7 @@ def make_own_step(
         padded_vocab_size=padded_vocab_size(arch.vocab_size, layout.tp),
         dtype=torch.float32,
         sequence_parallel=layout.tp > 1,
-        recompute="selective",
+        recompute="none",
         attention_backend="tiled",
         trim_last_layer=trimmed,
     )

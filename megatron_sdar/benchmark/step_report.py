@@ -31,7 +31,8 @@ def show_step(figures: StepFigures, console: Console | None = None) -> None:
             f"{each.cpu_ratio:.3f}",
             f"{each.seconds:,.2f}",
         )
-    console.print(layouts)
+    if figures.layouts:
+        console.print(layouts)
     ratios = Table("figure", "measured")
     for name, value in figures.ratios.items():
         ratios.add_row(name, f"{value:.3f}")

@@ -15,7 +15,7 @@ import torch
 from sdar_kernels.reference import dense_mask
 
 from megatron_sdar.benchmark import step
-from megatron_sdar.benchmark.step_data import Document, load_documents, save_documents
+from megatron_sdar.benchmark.step_data import Corpus, Document, load_documents, save_documents
 from megatron_sdar.benchmark.step_forms import EXACT, EXACT_BF16, PAPER, PEER
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_peer import dense_row_mask, peer_rows
@@ -157,6 +157,34 @@ def test_forms_that_disagree_stop_the_run() -> None:
         pytest.raises(ValueError, match="nothing was timed"),
     ):
         step._check_loss(EXACT, 2.0001, 2.0)
+
+
+def test_what_is_known_is_kept_when_a_later_part_fails() -> None:
+    first, second = (step.StepFigures((), (), {}, {"speedup": x}, {}, ()) for x in (1.0, 2.0))
+    kept: list[step.StepFigures] = []
+    options = StepOptions(threads=torch.get_num_threads())
+    corpus = Corpus((), 0)
+    with (
+        mock.patch.object(step, "start_process_group"),
+        mock.patch.object(step, "stop_process_group"),
+        mock.patch.object(step, "_measure_forms", return_value=iter((first, second))),
+        mock.patch.object(step, "measure_layouts", side_effect=ValueError("a rank ended")),
+        pytest.raises(ValueError, match="a rank ended"),
+    ):
+        step.measure_step(options, corpus, print, kept.append)
+    assert kept == [first, second]
+
+
+def test_layouts_can_be_left_out() -> None:
+    known = step.StepFigures((), (), {}, {"speedup": 1.0}, {}, ())
+    with (
+        mock.patch.object(step, "start_process_group"),
+        mock.patch.object(step, "stop_process_group"),
+        mock.patch.object(step, "_measure_forms", return_value=iter((known,))),
+        mock.patch.object(step, "measure_layouts", side_effect=AssertionError),
+    ):
+        options = StepOptions(threads=torch.get_num_threads(), parallel_rounds=0)
+        assert step.measure_step(options, Corpus((), 0), print, lambda _: None) == known
 
 
 def test_a_model_of_42_million_parameters() -> None:

@@ -22,7 +22,7 @@ def _covered(mask: AttentionMask, plan: TilePlan, num_kv_heads: int) -> NDArray[
     times = np.zeros((num_kv_heads, mask.num_tokens, mask.num_keys), dtype=np.int64)
     for key_set in plan.key_sets:
         keys = key_set.index.view(key_set.batch, key_set.extent).numpy()
-        for chunk, tile in ((chunk, tile) for chunk in key_set.chunks for tile in chunk.tiles):
+        for chunk, tile in ((each, tile) for each in key_set.chunks for tile in each.tiles):
             end = tile.start + key_set.batch * tile.num_tokens
             rows = chunk.index[tile.start : end].view(key_set.batch, tile.num_tokens).numpy()
             seen = np.full(rows.shape, tile.masked)
