@@ -50,6 +50,7 @@ def linear_cross_entropy(
     num_valid: int | None = None,
     reductions: Reductions = ALONE,
     chunk_tokens: int | None = None,
+    weight_grad_sum: Tensor | None = None,
     impl: str = "torch",
 ) -> Tensor:
     """sum_i w_i * CE_i over M tokens, a scalar in fp32 (fp64 for fp64).
@@ -68,16 +69,20 @@ def linear_cross_entropy(
             takes no part in the softmax.
         reductions: called once per chunk each, in forward: maximum with [m], total with [2, m].
         chunk_tokens: tokens whose logits exist at once; default: see `default_chunk_tokens`.
+        weight_grad_sum: [V, D], fp32 or wider. If given, the head's gradient is added to it, in
+            forward already, instead of going to weight_VD. Then nothing may stand between the loss
+            and backward: the upstream gradient must be 1.
         impl: "torch", or "triton" where sdar_kernels.fused_kernels says that it runs.
     """
     assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
     wants_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
+    grad_sum = weight_grad_sum if wants_grad else None
     shard = _Shard(
         first_token, weight_VD.shape[0] if num_valid is None else num_valid, reductions, impl
     )
     chunk = chunk_tokens or default_chunk_tokens(weight_VD, hidden_MD.dtype)
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, loss_weights_M, shard, chunk, wants_grad
+        hidden_MD, weight_VD, targets_M, loss_weights_M, shard, chunk, wants_grad, grad_sum
     )
 
 
@@ -110,14 +115,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shard: _Shard,
         chunk_tokens: int,
         wants_grad: bool,
+        grad_sum: Tensor | None,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         used = weight[: shard.num_valid]
         buffer = hidden.new_empty(min(chunk_tokens, hidden.shape[0]), shard.num_valid)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.empty_like(weight, dtype=wide) if wants_grad else None
-        if grad_weight is not None:
+        grad_weight = grad_sum
+        if wants_grad and grad_weight is None:
+            grad_weight = torch.empty_like(weight, dtype=wide)
             # The first chunk writes the rest.
             grad_weight[shard.num_valid if hidden.shape[0] else 0 :].zero_()
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -132,22 +139,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             _write_gradient(logits, local_targets, peak, weights / normalizer, weights, shard)
             torch.mm(logits, used, out=grad_hidden[rows])
-            fresh = start == 0
+            fresh = start == 0 and grad_sum is None
             _add_product(grad_weight[: shard.num_valid], logits, hidden[rows], fresh)
+        ctx.sums = grad_sum is not None
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            own = () if ctx.sums else (grad_weight.to(weight.dtype),)
+            ctx.save_for_backward(grad_hidden, *own)
         return loss
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place: a second gradient of the head would double the peak memory. Autograd refuses
         # a second backward, because saved tensors changed.
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad.device.type == "cpu" and grad.item() == 1.0:
-            return grad_hidden, grad_weight, None, None, None, None, None
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None, None
+        grads = ctx.saved_tensors
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            assert not ctx.sums or grad.device.type != "cpu", (
+                "the head's gradient is summed already"
+            )
+            grads = tuple(each.mul_(grad) for each in grads)
+        grad_hidden, grad_weight = (*grads, None)[:2]
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _statistics(
@@ -210,14 +221,17 @@ def write_gradient_torch(
 ) -> None:
     """Replace logits by exp(logit - peak) * scale - weight * onehot(target), in place."""
     inside, columns = _target_columns(targets_M, logits_MV.shape[1])
-    hits = torch.where(inside, weights_M, 0.0).unsqueeze(-1)
+    hits, columns = torch.where(inside, weights_M, 0.0).unsqueeze(-1), columns.unsqueeze(-1)
+    in_place = logits_MV.dtype == peak_M.dtype
     for rows in _tiles(logits_MV):
         tile = logits_MV[rows]
         values = tile.to(peak_M.dtype)
         values.sub_(peak_M[rows].unsqueeze(-1)).exp_().mul_(scale_M[rows].unsqueeze(-1))
-        values.scatter_add_(1, columns[rows].unsqueeze(-1), -hits[rows])
-        if values is not tile:
+        if not in_place:
+            values.scatter_add_(1, columns[rows], -hits[rows])
             tile.copy_(values)
+    if in_place:
+        logits_MV.scatter_add_(1, columns, -hits)
 
 
 def _target_columns(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class TileSizes:
     batch_scores: int = 1 << 18
     row_scores: int = 1 << 20
     chunk_rows: int = 2048
-    kept_keys: int = 128
+    kept_keys: int = 256
 
 
 class Piece(NamedTuple):

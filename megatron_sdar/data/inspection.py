@@ -23,6 +23,7 @@ from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 from megatron_sdar.diffusion.noise import NoiseKey, draw_noise
 from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row
+from megatron_sdar.diffusion.savings import kept_copies, num_row_blocks
 
 PROMPT, ANSWER, PADDING = "prompt", "answer", "padding"
 _STYLES = {PROMPT: "blue", ANSWER: "green", PADDING: "magenta"}
@@ -65,7 +66,8 @@ class ShownDocument:
     """One document of a row, n tokens with its padding.
 
     ids: int32 [n], clean. kinds: PROMPT, ANSWER or PADDING of each. masked: bool [n], what the
-    noisy copy of the row hides. mask_prob: the p they were drawn with. turns: its pairs.
+    noisy copy of the row hides. mask_prob: the p they were drawn with. num_turns: its pairs.
+    num_kept: positions that it takes with semantics exact, instead of 2 n.
     """
 
     document_id: int
@@ -75,6 +77,7 @@ class ShownDocument:
     masked: NDArray[np.bool_]
     mask_prob: float
     num_turns: int
+    num_kept: int
 
 
 def inspect_dataset(request: InspectRequest, console: Console) -> None:
@@ -98,11 +101,13 @@ def inspect_dataset(request: InspectRequest, console: Console) -> None:
         row, documents = read_row(stream, place, request.epoch)
         shown = [d for d in documents if request.document in (None, d.document_id)]
         used = sum(len(document.ids) for document in documents)
+        num_kept = sum(document.num_kept for document in documents)
         console.print()
         console.rule(
             Text(
                 f"row {place} of {len(index)}, epoch {request.epoch}: {len(documents)} documents, "
-                f"{used} of {request.cutoff_len} positions, {len(row.loss_positions)} masked"
+                f"{used} of {request.cutoff_len} positions, {len(row.loss_positions)} masked; "
+                f"exact {num_kept} of {2 * used}"
             ),
             align="left",
         )
@@ -149,7 +154,8 @@ def read_row(stream: RowStream, place: int, epoch: int) -> tuple[Row, list[Shown
         zip(document_ids.tolist(), pieces.tolist(), strict=True)
     ):
         kept, kept_labels = stream.kept(part, document, piece)
-        _, labels = pad_to_block(kept, kept_labels, options.block_length, options.pad_token_id)
+        block = options.block_length
+        ids, labels = pad_to_block(kept, kept_labels, block, options.pad_token_id)
         clean = int(row.segment_starts[number])
         noisy = int(row.segment_starts[len(document_ids) + number])
         kinds = [PROMPT if label == IGNORED_LABEL else ANSWER for label in kept_labels.tolist()]
@@ -164,6 +170,7 @@ def read_row(stream: RowStream, place: int, epoch: int) -> tuple[Row, list[Shown
                 masked=hidden[noisy : noisy + len(labels)],
                 mask_prob=noise.mask_prob,
                 num_turns=len(part.store.turns(document)) // 2,
+                num_kept=num_row_blocks(kept_copies(ids, labels, block, [noise])) * block,
             )
         )
     return row, documents
@@ -179,7 +186,8 @@ def document_header(document: ShownDocument, noise_eps: float) -> Text:
     return Text(
         f"document {document.document_id}{piece}: {len(document.ids) - padding} tokens"
         f" + {padding} padding, {turns}, t {t:.3f} p {document.mask_prob:.3f}, "
-        f"{int(document.masked.sum())} of {trained} trained tokens masked",
+        f"{int(document.masked.sum())} of {trained} trained tokens masked; exact: "
+        f"{document.num_kept} of 2 x {len(document.ids)} positions",
         "bold",
     )
 
@@ -260,6 +268,11 @@ def _print_legend(console: Console, block_length: int) -> None:
     legend.append(_BORDER, "dim").append(f" block border (every {block_length} tokens)  ")
     legend.append(f"{_NEWLINE} line break")
     console.print(legend)
+    console.print(
+        "semantics exact, the default, trains the same masked tokens, but leaves out the positions "
+        "that no loss depends on, and packs what is left into rows again",
+        style="dim",
+    )
 
 
 def _print_summary(

@@ -36,8 +36,9 @@ from megatron_sdar.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megatron_sdar.parallel.local_weights import local_weight
+from megatron_sdar.parallel.local_weights import held_gradient, local_weight
 from megatron_sdar.parallel.projections import column_parallel_projections
+from megatron_sdar.parallel.sharding import local_tensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -267,7 +268,9 @@ class SdarStage(nn.Module):
                 `batch.loss_positions`, as they are in the batch, instead of the loss.
 
         Returns:
-            Hidden states, or on the last stage the micro-batch's share of the step's loss.
+            Hidden states, or on the last stage the micro-batch's share of the step's loss, which
+            is the start of backward as it is: if the head holds a gradient and gradients are
+            enabled, forward has added this micro-batch's to it already.
         """
         if self.stage.is_first:
             x = self.model.embed_tokens(batch.input_ids)
@@ -286,15 +289,19 @@ class SdarStage(nn.Module):
         x = rms_norm(x, self.model.norm(), self.arch.rms_norm_eps, self.fused_kernels)
         x = enter_parallel_region(x, self.tp.get_group(), self.sequence_parallel)
         x_MD = x if self.trims else x.index_select(0, batch.loss_positions)
-        head_VD = local_weight(self.lm_head.weight)
+        head = self.lm_head.weight
         if return_logits:
-            return F.linear(x_MD, head_VD)[:, : self.vocab_shard.num_valid]
+            return F.linear(x_MD, local_weight(head))[:, : self.vocab_shard.num_valid]
+        # A step's later micro-batches add to the head's gradient, the largest of all, in place.
+        held = held_gradient(head) if torch.is_grad_enabled() else None
+        sums = held is not None and held.dtype.itemsize >= 4
         return vocab_parallel_cross_entropy(
             x_MD,
-            head_VD,
+            local_tensor(head) if sums else local_weight(head),
             batch.target_ids,
             batch.loss_weights * batch.loss_scale,
             self.vocab_shard,
+            weight_grad_sum=held if sums else None,
             impl=self.fused_kernels,
         )
 

@@ -45,6 +45,7 @@ def vocab_parallel_cross_entropy(
     loss_weights_M: Tensor,
     shard: VocabShard,
     chunk_tokens: int | None = None,
+    weight_grad_sum: Tensor | None = None,
     impl: str = "torch",
 ) -> Tensor:
     """sum_i w_i * CE_i over M masked positions, a scalar in fp32 or wider.
@@ -57,6 +58,8 @@ def vocab_parallel_cross_entropy(
         loss_weights_M: [M].
         chunk_tokens: tokens whose logits exist at once; default: from a byte budget that is the
             same on every rank.
+        weight_grad_sum: local rows that the head's gradient is added to in forward; None: it goes
+            to weight_VD. See `sdar_kernels.linear_cross_entropy`.
         impl: resolved `fused_kernels`.
 
     Collectives per chunk, forward: all_reduce max [m] and sum [2, m]; backward: none.
@@ -70,6 +73,7 @@ def vocab_parallel_cross_entropy(
         num_valid=shard.num_valid,
         reductions=_reductions(shard.tp),
         chunk_tokens=chunk_tokens,
+        weight_grad_sum=weight_grad_sum,
         impl=impl,
     )
 

@@ -21,6 +21,11 @@ from torch.nn import functional as F
 from megatron_sdar.parallel.sharding import local_tensor
 
 
+def held_gradient(weight: Tensor) -> Tensor | None:
+    """The local shard of the gradient that a parameter holds, to be added to in place."""
+    return None if weight.grad is None else local_tensor(weight.grad)
+
+
 class _LocalWeight(torch.autograd.Function):
     """DTensor -> its local shard; the gradient goes back as a DTensor of the same layout.
 
@@ -36,7 +41,7 @@ class _LocalWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
-        held = _held_gradient(ctx.weight)
+        held = held_gradient(ctx.weight)
         if held is None:
             return _distributed(grad.contiguous(), ctx.weight)
         held.add_(grad)
@@ -63,7 +68,7 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
         (ids,) = ctx.saved_tensors
-        held = _held_gradient(ctx.weight)
+        held = held_gradient(ctx.weight)
         if held is not None and grad.device.type == "cpu":
             # On a GPU the order of these additions would differ from run to run.
             held.index_add_(0, ids, grad)
@@ -105,7 +110,7 @@ class ProductWeight:
             upstream: [T, used rows].
             x: [T, D].
         """
-        held = _held_gradient(self.parameter)
+        held = held_gradient(self.parameter)
         if held is not None:
             (held if self.rows is None else held[self.rows]).addmm_(upstream.t(), x)
             return None
@@ -114,11 +119,6 @@ class ProductWeight:
         whole = upstream.new_zeros(local_tensor(self.parameter).shape)
         torch.mm(upstream.t(), x, out=whole[self.rows])
         return _distributed(whole, self.parameter)
-
-
-def _held_gradient(weight: Tensor) -> Tensor | None:
-    """The local gradient to add to, in place."""
-    return None if weight.grad is None else local_tensor(weight.grad)
 
 
 def _distributed(grad: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from megatron_sdar.diffusion import savings
 from megatron_sdar.model import recomputation, sdar
 from megatron_sdar.model.attention import SelectedTokens, TokenLayout
 from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.parallel import collectives
+from megatron_sdar.parallel import collectives, local_weights
 from megatron_sdar.training import batch as training_batch
 from megatron_sdar.training import step as training_step
 
@@ -157,6 +157,17 @@ def _loss_padding_with_weight() -> mock._patch:
     return mock.patch.object(training_batch, "_padded", padded)
 
 
+def _later_micro_batches_are_lost() -> mock._patch:
+    """Gradients of all micro-batches but the first are added to a copy."""
+    original = local_weights.held_gradient
+
+    def copied(weight: Tensor) -> Tensor | None:
+        held = original(weight)
+        return None if held is None else held.clone()
+
+    return mock.patch.object(local_weights, "held_gradient", copied)
+
+
 MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "no_partial_sum": (_no_partial_sum, Layout("m1", tp=2, sequence_parallel=True)),
     "no_qk_norm_sum": (_no_qk_norm_sum, Layout("m2", tp=2)),
@@ -172,6 +183,7 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "middle_stage_without_positions": (_middle_stage_without_positions, Layout("m9", pp=4)),
     "first_ranks_residual": (_first_ranks_residual, Layout("m10", tp=2, sequence_parallel=True)),
     "trimmed_queries_at_the_row_start": (_trimmed_queries_at_the_row_start, Layout("m11")),
+    "later_micro_batches_are_lost": (_later_micro_batches_are_lost, Layout("m16", dp=2)),
     "loss_padding_with_weight": (
         _loss_padding_with_weight,
         Layout("m12", tp=2, sequence_parallel=True),

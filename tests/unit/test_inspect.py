@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ from megatron_sdar.data.inspection import (
     read_row,
 )
 from megatron_sdar.data.loading.documents import DocumentStore
+from megatron_sdar.data.loading.grouped_stream import GroupedStream
 from megatron_sdar.data.loading.loader import RowLoader, RowOptions
 from megatron_sdar.data.loading.packing import pack_documents
+from megatron_sdar.data.loading.row_stream import RowStream
 from megatron_sdar.data.sources.datasets import Columns, DatasetSpec, Layout
 from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
@@ -66,7 +69,7 @@ def printed(asked: InspectRequest, width: int = 10_000) -> str:
 
 def body(text: str) -> str:
     """The documents' tokens: no legend, headers, row padding or summary."""
-    rows = text.split("\ntoken files")[0].split("\n")[1:]
+    rows = text.split("\ntoken files")[0].split("\n")[2:]
     heads = ("document ", "row ", "<row padding")
     return "\n".join(line for line in rows if not line.startswith(heads))
 
@@ -126,6 +129,7 @@ def test_document_text_marks_kinds_masks_blocks_and_bytes(demo):
         masked=np.array([0, 0, 0, 1, 1, 0, 1, 0], np.bool_),
         mask_prob=0.5005,
         num_turns=2,
+        num_kept=12,
     )
     assert document_text(document, tokenizer, 4).plain == (
         "\\xc3\\xa9\u00aba[\\x1b]\u2502[\u21b5]\n<|im_end|>\u00bb{[<|endoftext|>]<|endoftext|>}"
@@ -136,7 +140,7 @@ def test_document_text_marks_kinds_masks_blocks_and_bytes(demo):
     )
     assert document_header(document, 0.001).plain == (
         "document 5 piece 2: 6 tokens + 2 padding, 2 turns, t 0.500 p 0.500, "
-        "3 of 6 trained tokens masked"
+        "3 of 6 trained tokens masked; exact: 12 of 2 x 8 positions"
     )
 
 
@@ -191,6 +195,18 @@ def test_the_noise_of_every_document_is_that_of_the_row(demo, name, mode, epoch)
                 assert len(document.ids) <= CUTOFF
         assert not weights
     assert num_masked > 100
+
+
+def test_the_positions_of_exact_are_those_that_its_rows_take(demo):
+    stream = make_stream(request(demo), store_of(demo, "chat"))
+    exact = GroupedStream(
+        RowStream(stream.parts, replace(stream.options, semantics="exact")), repack=False
+    )
+    for place in range(len(stream.parts[0].index)):
+        position = [stream.row_of(0, p)[1] for p in range(stream.num_rows)].index(place)
+        row = exact.row_at(position)
+        _, documents = read_row(stream, place, 0)
+        assert sum(document.num_kept for document in documents) == row.num_tokens - row.num_padding
 
 
 def test_no_more_rows_than_the_epoch_has(demo):

@@ -93,6 +93,31 @@ def test_the_heads_gradient_is_summed_in_fp32() -> None:
     assert (ours[2].double() - theirs[2]).norm() / theirs[2].norm() < 5e-3
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 16])
+def test_the_heads_gradient_is_added_to_a_sum(chunk_tokens: int | None) -> None:
+    hidden, head, targets, weights = _inputs(29)
+    loss = reference.weighted_cross_entropy(hidden, head, targets, weights)
+    expected = torch.autograd.grad(loss, (hidden, head))
+    before = torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
+    held = before.clone()
+    options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "weight_grad_sum": held}
+    with torch.no_grad():
+        linear_cross_entropy(hidden, head, targets, weights, **options)
+    assert torch.equal(held, before)
+    linear_cross_entropy(hidden, head, targets, weights, **options).backward()
+    assert head.grad is None
+    assert hidden.grad is not None
+    _assert_close([hidden.grad, held], [expected[0], before + expected[1]], 1e-12)
+
+
+def test_a_summed_gradient_cannot_be_scaled_afterwards() -> None:
+    hidden, head, targets, weights = _inputs(3)
+    held = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64)
+    loss = linear_cross_entropy(hidden, head, targets, weights, weight_grad_sum=held)
+    with pytest.raises(AssertionError, match="summed already"):
+        (loss * 3).backward()
+
+
 class _Ranks:
     """Reductions of threads that meet at a barrier; counts what each call was given."""
 

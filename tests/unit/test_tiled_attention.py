@@ -292,7 +292,7 @@ def _largest(attention: Callable[..., list[Tensor]], length: int) -> int:
 
 
 def test_memory_is_linear_in_the_tokens() -> None:
-    sizes = TileSizes(row_scores=1 << 12, batch_scores=1 << 12)
+    sizes = TileSizes(row_scores=1 << 12, batch_scores=1 << 12, kept_keys=128)
 
     def attention(mask: AttentionMask, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         return _tiled(mask, tensors, sizes)
