@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sdar.config import describe_keys, load_config, validate
+from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.launch import leave_together
 from megatron_sdar.parallel.mesh import (
     build_mesh,
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         for warning in config.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     parallel = config.parallel
+    if device_name == "cpu":
+        keep_freed_memory()
     device = start_process_group(launch, device_name, parallel.ddp_backend, parallel.ddp_timeout)
     try:
         mesh = build_mesh(

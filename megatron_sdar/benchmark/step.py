@@ -33,6 +33,7 @@ from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import plain_weights
 from megatron_sdar.benchmark.step_parallel import LayoutFigures, measure_layouts
 from megatron_sdar.benchmark.step_rows import Packing, choose_documents
+from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 
 _LOSS_TOLERANCE = {PAPER: 1e-4, EXACT: 1e-4, EXACT_BF16: 2e-2}
@@ -118,6 +119,7 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> 
     Raises:
         ValueError: too few documents, or forms whose losses differ.
     """
+    keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", _TIMEOUT_SECONDS)

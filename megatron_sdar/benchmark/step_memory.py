@@ -12,9 +12,10 @@ import torch
 
 from megatron_sdar.benchmark.resident_memory import resident_mb
 from megatron_sdar.benchmark.step_data import Document
-from megatron_sdar.benchmark.step_forms import Form, make_form
+from megatron_sdar.benchmark.step_forms import PEER, Form, make_form
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.diffusion.noise import NoiseDraw
+from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 
 # The first row's gradients are there while the second is computed.
@@ -48,6 +49,8 @@ def _measure_here(
     name: str, options: StepOptions, length: int, documents: Sequence[Document]
 ) -> StepMemory:
     torch.set_num_threads(options.threads)
+    if name != PEER:
+        keep_freed_memory()  # as pretrain_sdar.py
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", 600)
     # A toy model first: code that libraries load on first use belongs to no form.
     toy = options.quick()

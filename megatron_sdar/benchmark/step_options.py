@@ -45,7 +45,7 @@ class StepOptions:
 
     arch: Architecture = field(default_factory=_benchmark_model)
     lengths: tuple[int, ...] = (2048, 4096)
-    row_length: int = 1024
+    row_length: int = 1536
     rows: int = 4
     rounds: int = 3
     peer_rounds: int = 2
@@ -54,7 +54,7 @@ class StepOptions:
     seed: int = 0
     gemm_size: int = 2048
     max_documents: int = 2000
-    parallel_rows: int = 16
+    parallel_rows: int = 12
     parallel_rounds: int = 3
 
     @property

@@ -18,6 +18,7 @@ from megatron_sdar.benchmark.step_data import load_documents
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import Layout, make_own_step
 from megatron_sdar.diffusion.rows import Row
+from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.mesh import (
     read_launch_info,
     start_process_group,
@@ -30,6 +31,7 @@ _TIMEOUT_SECONDS = 600
 def main(options_file: Path, documents_file: Path, layout_json: str) -> None:
     """Serve steps until stdin ends."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     options = StepOptions.from_json(json.loads(options_file.read_text(encoding="utf-8")))
     rows = options.shape(options.lengths[0]).kept_rows(load_documents(documents_file))
     start_process_group(read_launch_info(), "cpu", "gloo", _TIMEOUT_SECONDS)

@@ -256,6 +256,18 @@ def step_was_measured(checkout: Path, result: Result) -> None:
     assert (checkout / "demo/step.png").stat().st_size > 1000
 
 
+def views_were_measured(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/views.json").read_text())
+    assert len(figures["forms"]) == 5
+    assert "efficiency" in result.stdout
+
+
+def runs_were_compared(checkout: Path, result: Result) -> None:
+    for run_name in ("output", "mine"):
+        assert re.search(rf"\b{run_name}\b", result.stdout)
+    assert (checkout / "demo/runs.png").stat().st_size > 1000
+
+
 def kernels_were_compiled(checkout: Path, result: Result) -> None:
     del checkout
     assert re.search(r"swiglu backward bf16 +. sm_90", result.stdout)
@@ -347,6 +359,8 @@ EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "tools/benchmark.py attention": attention_was_measured,
     "tools/benchmark.py loss": loss_was_measured,
     "tools/benchmark.py step": step_was_measured,
+    "tools/benchmark.py views": views_were_measured,
+    "tools/compare_runs.py": runs_were_compared,
     "tools/compile_kernels.py": kernels_were_compiled,
     "tools/draw_mask.py": mask_was_drawn,
     "pretrain_sdar.py --help": keys_are_listed,
