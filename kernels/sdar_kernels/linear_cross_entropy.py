@@ -131,13 +131,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             weights, local_targets = loss_weights[rows].to(wide), targets[rows] - shard.first_token
             logits = torch.mm(hidden[rows], used.T, out=buffer[: weights.shape[0]])
-            peak, normalizer, target = _combine(
-                *_statistics(logits, local_targets, shard, wide), shard.reductions
-            )
+            own_peak, own_sum, own_target = _statistics(logits, local_targets, shard, wide)
+            peak, normalizer, target = _combine(own_peak, own_sum, own_target, shard.reductions)
             loss += ((normalizer.log() + (peak - target)) * weights).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            _write_gradient(logits, local_targets, peak, weights / normalizer, weights, shard)
+            scale = weights / normalizer
+            if _makes_exponentials(logits, shard, wide):
+                scale_exponentials(logits, local_targets, scale * (own_peak - peak).exp(), weights)
+            else:
+                _write_gradient(logits, local_targets, peak, scale, weights, shard)
             torch.mm(logits, used, out=grad_hidden[rows])
             fresh = start == 0 and grad_sum is None
             _add_product(grad_weight[: shard.num_valid], logits, hidden[rows], fresh)
@@ -164,7 +167,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _statistics(
     logits: Tensor, targets: Tensor, shard: _Shard, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's maximum, sum of exp(logit - maximum), target logit or 0; [m] each."""
+    """Each row's maximum, sum of exp(logit - maximum), target logit or 0; [m] each.
+
+    Where `_makes_exponentials` says so, exp(logit - maximum) is left in place of the logits.
+    """
     if shard.num_valid == 0:
         nothing = logits.new_zeros(logits.shape[0], dtype=wide)
         return torch.full_like(nothing, torch.finfo(wide).min), nothing, nothing
@@ -172,7 +178,13 @@ def _statistics(
         from sdar_kernels.triton_cross_entropy import row_statistics
 
         return row_statistics(logits, targets, wide)
-    return row_statistics_torch(logits, targets, wide)
+    in_place = _makes_exponentials(logits, shard, wide)
+    return row_statistics_torch(logits, targets, wide, in_place=in_place)
+
+
+def _makes_exponentials(logits: Tensor, shard: _Shard, wide: torch.dtype) -> bool:
+    """Whether they can stand where the logits stood: nothing is rounded, and torch computes."""
+    return shard.impl == "torch" and logits.dtype == wide and shard.num_valid > 0
 
 
 def _write_gradient(
@@ -200,19 +212,22 @@ def _combine(
 
 
 def row_statistics_torch(
-    logits_MV: Tensor, targets_M: Tensor, wide: torch.dtype
+    logits_MV: Tensor, targets_M: Tensor, wide: torch.dtype, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum, sum of exp(logit - maximum) and target logit of each row, in `wide`.
 
-    Targets outside [0, V) have target logit 0.
+    Targets outside [0, V) have target logit 0. in_place leaves exp(logit - maximum) where the
+    logits were, which must have the dtype `wide`.
     """
+    assert not in_place or logits_MV.dtype == wide, "exponentials would be rounded"
+    inside, columns = _target_columns(targets_M, logits_MV.shape[1])
+    target = logits_MV.gather(1, columns.unsqueeze(-1)).squeeze(-1).to(wide)
     peak = logits_MV.amax(dim=-1).to(wide)
     normalizer = torch.empty_like(peak)
     for rows in _tiles(logits_MV):
-        shifted = logits_MV[rows].to(wide) - peak[rows].unsqueeze(-1)
+        tile, top = logits_MV[rows], peak[rows].unsqueeze(-1)
+        shifted = tile.sub_(top) if in_place else tile.to(wide) - top
         torch.sum(shifted.exp_(), dim=-1, out=normalizer[rows])
-    inside, columns = _target_columns(targets_M, logits_MV.shape[1])
-    target = logits_MV.gather(1, columns.unsqueeze(-1)).squeeze(-1).to(wide)
     return peak, normalizer, torch.where(inside, target, 0.0)
 
 
@@ -221,17 +236,23 @@ def write_gradient_torch(
 ) -> None:
     """Replace logits by exp(logit - peak) * scale - weight * onehot(target), in place."""
     inside, columns = _target_columns(targets_M, logits_MV.shape[1])
-    hits, columns = torch.where(inside, weights_M, 0.0).unsqueeze(-1), columns.unsqueeze(-1)
-    in_place = logits_MV.dtype == peak_M.dtype
+    hits = torch.where(inside, weights_M, 0.0).unsqueeze(-1)
     for rows in _tiles(logits_MV):
         tile = logits_MV[rows]
         values = tile.to(peak_M.dtype)
         values.sub_(peak_M[rows].unsqueeze(-1)).exp_().mul_(scale_M[rows].unsqueeze(-1))
-        if not in_place:
-            values.scatter_add_(1, columns[rows], -hits[rows])
+        values.scatter_add_(1, columns[rows].unsqueeze(-1), -hits[rows])
+        if values is not tile:
             tile.copy_(values)
-    if in_place:
-        logits_MV.scatter_add_(1, columns, -hits)
+
+
+def scale_exponentials(
+    values_MV: Tensor, targets_M: Tensor, scale_M: Tensor, weights_M: Tensor
+) -> None:
+    """As `write_gradient_torch`, of exponentials that `row_statistics_torch` left in place."""
+    inside, columns = _target_columns(targets_M, values_MV.shape[1])
+    hits = torch.where(inside, weights_M, 0.0).unsqueeze(-1)
+    values_MV.mul_(scale_M.unsqueeze(-1)).scatter_add_(1, columns.unsqueeze(-1), -hits)
 
 
 def _target_columns(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,16 @@ def tiled_attention(
     sizes: TileSizes | None = None,
 ) -> Tensor:
     """Attention under `mask`; same contract as `reference.attention`."""
-    sizes = sizes or TileSizes()
+    sizes = sizes or default_sizes()
     num_kv_heads = k_SKH.shape[1]
     plan = mask.plan(make_tile_plan, num_kv_heads, sizes, q_TNH.shape[1] // num_kv_heads)
     out: Tensor = _TiledAttention.apply(q_TNH, k_SKH, v_SKH, plan)
     return out
+
+
+def default_sizes() -> TileSizes:
+    """Measured sizes. With several threads fewer and larger tiles: calls from Python are serial."""
+    return TileSizes() if torch.get_num_threads() == 1 else TileSizes(short_tile=64)
 
 
 class _Workspace:

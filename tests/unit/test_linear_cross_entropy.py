@@ -19,6 +19,9 @@ from sdar_kernels.linear_cross_entropy import (
     Reductions,
     default_chunk_tokens,
     linear_cross_entropy,
+    row_statistics_torch,
+    scale_exponentials,
+    write_gradient_torch,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -108,6 +111,21 @@ def test_the_heads_gradient_is_added_to_a_sum(chunk_tokens: int | None) -> None:
     assert head.grad is None
     assert hidden.grad is not None
     _assert_close([hidden.grad, held], [expected[0], before + expected[1]], 1e-12)
+
+
+def test_exponentials_in_place_give_the_same_gradient() -> None:
+    hidden, head, targets, weights = (x.detach() for x in _inputs(29))
+    targets[:4] = torch.tensor([-1, VOCAB, VOCAB + 5, -7])  # of other shards
+    logits = hidden @ head.T
+    again = logits.clone()
+    kept = row_statistics_torch(logits, targets, torch.float64)
+    peak, normalizer, target = row_statistics_torch(again, targets, torch.float64, in_place=True)
+    _assert_close([peak, normalizer, target], list(kept), 1e-15)
+    overall = peak + torch.linspace(0, 30, len(peak))  # the peak of another shard
+    scale = weights / normalizer
+    write_gradient_torch(logits, targets, overall, scale, weights)
+    scale_exponentials(again, targets, scale * (peak - overall).exp(), weights)
+    _assert_close([again], [logits], 1e-13)
 
 
 def test_a_summed_gradient_cannot_be_scaled_afterwards() -> None:

@@ -302,6 +302,17 @@ def test_memory_is_linear_in_the_tokens() -> None:
     assert _largest(_reference, 512) >= 1024 * 1024, "the recorder would see all scores"
 
 
+def test_several_threads_take_larger_tiles() -> None:
+    assert tiled_attention.default_sizes() == TileSizes()
+    torch.set_num_threads(2)
+    try:
+        assert tiled_attention.default_sizes().short_tile == 2 * TileSizes().short_tile
+        mask = AttentionMask.build(document_intervals([120, 40, 300], 4))
+        assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_what_is_kept_for_backward_is_linear_in_the_tokens() -> None:
     mask = AttentionMask.build(document_intervals([512], 4))
     q, k, v, _ = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
