@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_sdar.benchmark import view_forms, view_moments
+from megatron_sdar.benchmark import views as views_module
 from megatron_sdar.benchmark.step_data import Corpus, Document
 from megatron_sdar.benchmark.view_forms import (
     FORMS,
@@ -190,18 +191,22 @@ def test_figures_fit_together(quick: tuple[dict[str, Any], str, Path]) -> None:
         assert words in printed
 
 
-def test_shared_rows_with_another_gradient_stop_the_run() -> None:
+@pytest.mark.usefixtures("single_process")
+def test_shared_rows_with_another_gradient_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect: the second view of a document gets the weights of the first."""
     right = view_forms.kept_copies
 
     def wrong(*arguments: Any) -> Any:
         copies = right(*arguments)
         first = copies.views[0].noise.mask_prob
-        views = tuple(
+        same = tuple(
             replace(view, noise=replace(view.noise, mask_prob=first)) for view in copies.views
         )
-        return replace(copies, views=views)
+        return replace(copies, views=same)
 
+    # The test run's own process group stays alive for other tests.
+    monkeypatch.setattr(views_module, "start_process_group", lambda *arguments: None)
+    monkeypatch.setattr(views_module, "stop_process_group", lambda: None)
     corpus = Corpus(tuple(_documents(10)), 0)
     options = replace(TOY, draws=3, warmup_steps=0)
     with (
