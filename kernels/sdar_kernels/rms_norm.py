@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a tile per thread; a handful of such tiles of fp32 fit in a core's L2 cache.
+# Elements of a tile per thread: 1 MiB of fp32, so that a few stay in the last cache. A quarter of
+# that, which would fit a core's L2, took up to twice as long: calls cost more than they save.
 _TILE_ELEMENTS = 1 << 18
 
 

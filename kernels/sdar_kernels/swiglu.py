@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Elements per thread that are worked on together: on a CPU they stay in its cache.
+# Elements per thread that are worked on together; measured, see rms_norm.
 _TILE_ELEMENTS = 1 << 18
 
 

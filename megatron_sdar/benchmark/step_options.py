@@ -11,7 +11,7 @@ from megatron_sdar.benchmark.step_rows import RowShape
 from megatron_sdar.config import OptimConfig
 
 
-def _benchmark_model() -> Architecture:
+def benchmark_model() -> Architecture:
     """42 million parameters in the proportions of the smallest Qwen3."""
     return Architecture(
         vocab_size=16_384,
@@ -43,7 +43,7 @@ class StepOptions:
     parallel_rows, parallel_rounds: of the comparison of layouts.
     """
 
-    arch: Architecture = field(default_factory=_benchmark_model)
+    arch: Architecture = field(default_factory=benchmark_model)
     lengths: tuple[int, ...] = (2048, 4096)
     row_length: int = 1536
     rows: int = 4

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.benchmark.step_data import NOISE_EPS, Document
+from megatron_sdar.benchmark.step_options import benchmark_model
 from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey, draw_views
 from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row, build_row
 from megatron_sdar.diffusion.savings import kept_copies, num_row_blocks
@@ -22,18 +23,13 @@ Noises = Sequence[tuple[NoiseDraw, ...]]
 
 def _small_model() -> Architecture:
     """11 million parameters, so that some hundred gradients take minutes on a CPU."""
-    return Architecture(
-        vocab_size=16_384,
+    return replace(
+        benchmark_model(),
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-6,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=False,
-        max_position_embeddings=32_768,
     )
 
 
