@@ -24,7 +24,7 @@ PYTEST_ARGS ?=
 CHECKED := megatron_sdar kernels tools tests $(wildcard pretrain_sdar.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-backends aot check format clean
+.PHONY: help venv demo test test-slow test-backends aot docs check format clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -66,6 +66,9 @@ test-backends: $(READY)  ## every layout with FlexAttention and with Triton's in
 
 aot: $(READY)  ## compile every shipped kernel for every architecture, no GPU needed
 	$(PY) tools/compile_kernels.py
+
+docs: $(READY)  ## write docs/configuration.md anew from the configuration's definitions
+	$(PY) tools/write_reference.py
 
 check: $(READY)  ## formatting, lint and types, as CI wants them
 	$(PY) -m ruff format --check $(CHECKED)

@@ -6,6 +6,7 @@ starts a world of one. Every error of the user ends in one message and exit code
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
             print(USAGE + describe_keys())
         return
     try:
-        config = load_config(argv)
+        config = load_config(argv, allow_unknown=_allows_extra_arguments())
         arch = resolve_architecture(config)
         validate(config, arch, launch.world_size)
         check_schedule(config)
@@ -71,6 +72,11 @@ def main(argv: Sequence[str]) -> None:
         leave_together(str(error), launch)
     del mesh
     stop_process_group()
+
+
+def _allows_extra_arguments() -> bool:
+    """LLaMA-Factory's switch: unknown keys are warned of instead of refused."""
+    return os.environ.get("ALLOW_EXTRA_ARGS", "").lower() in ("1", "y", "true")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,35 @@
 """The model's shape: what config.json says, under its Hugging Face names.
 
-`load_architecture` accepts exactly the models that this trainer computes as Hugging Face does
-(SDAR and Qwen3, dense) and refuses every variant it would get wrong. No default stands in for a
+`load_architecture` accepts exactly the models whose computation is that of SDAR and Qwen3, dense or
+with experts in every layer, and refuses every variant that would be got wrong. Models with experts
+can be converted but not trained yet (`Architecture.require_dense`). No default stands in for a
 size, and none for rope_theta, whose usual silent fallback ruins a model.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Shape of a dense SDAR model.
+class Experts:
+    """What replaces the MLP of every layer in a mixture-of-experts model."""
 
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    router_aux_loss_coef: float
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of an SDAR model.
+
+    `intermediate_size` is that of a dense layer, which no layer of a model with `experts` is.
     `vocab_size` counts the rows of the published embedding, before padding for tensor
     parallelism. `block_size` and `mask_token_id` are None when config.json lacks them, as the
     released SDAR checkpoints do; the caller completes them with `dataclasses.replace`.
@@ -39,6 +52,16 @@ class Architecture:
     mask_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    experts: Experts | None = None
+
+    def require_dense(self, model_dir: str | Path) -> None:
+        """ValueError for a model with experts, where only dense ones can be computed."""
+        if self.experts is not None:
+            raise ValueError(
+                f"{Path(model_dir) / 'config.json'}: mixture-of-experts models "
+                f"({self.experts.num_experts} experts) can be converted, but not trained or "
+                "sampled yet; use a dense SDAR or Qwen3 model"
+            )
 
     def to_hf_config(self, torch_dtype: str = "float32") -> dict[str, Any]:
         """Return the config.json that SGLang, LMDeploy, JetEngine and the remote code read.
@@ -55,8 +78,11 @@ class Architecture:
                 "the source config.json (4 and 151669 for the released SDAR models)"
             )
         eos = self.eos_token_id
+        moe: dict[str, Any] = {}
+        if self.experts is not None:
+            moe = {**asdict(self.experts), "decoder_sparse_step": 1, "mlp_only_layers": []}
         return {
-            "architectures": ["SDARForCausalLM"],
+            "architectures": ["SDARMoeForCausalLM" if moe else "SDARForCausalLM"],
             "attention_bias": False,
             "attention_dropout": 0.0,
             "block_size": self.block_size,
@@ -70,7 +96,7 @@ class Architecture:
             "mask_token_id": self.mask_token_id,
             "max_position_embeddings": self.max_position_embeddings,
             "max_window_layers": self.num_hidden_layers,
-            "model_type": "sdar",
+            "model_type": "sdar_moe" if moe else "sdar",
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
@@ -83,6 +109,7 @@ class Architecture:
             "use_cache": True,
             "use_sliding_window": False,
             "vocab_size": self.vocab_size,
+            **moe,
         }
 
 
@@ -110,26 +137,28 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "quantization_config": ((None,), "quantised weights cannot be trained, use the bf16 model"),
     "partial_rotary_factor": ((1, None), "partial rotary embedding is not available"),
 }
+_ONLY_MOE: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "decoder_sparse_step": ((1, None), "every layer must have experts"),
+    "mlp_only_layers": (([], None), "every layer must have experts"),
+}
+_DENSE_TYPES, _MOE_TYPES = ("sdar", "qwen3"), ("sdar_moe", "qwen3_moe")
 
 
 def load_architecture(model_dir: str | Path) -> Architecture:
-    """Read MODEL_DIR/config.json of model_type sdar or qwen3.
+    """Read MODEL_DIR/config.json of model_type sdar, qwen3, sdar_moe or qwen3_moe.
 
     ValueError names the file and lists everything that is missing, malformed or not supported.
     """
     path = Path(model_dir) / "config.json"
     content = _read_json(path)
     model_type = content.get("model_type")
-    is_moe = any(content.get(key) for key in ("num_experts", "num_local_experts"))
-    if is_moe or str(model_type).endswith("_moe"):
+    if model_type not in (*_DENSE_TYPES, *_MOE_TYPES):
         raise ValueError(
-            f"{path}: mixture-of-experts models (model_type {model_type!r}) are not available "
-            "yet; use a dense SDAR or Qwen3 model"
+            f"{path}: model_type is {model_type!r}; use a model of type "
+            f"{', '.join((*_DENSE_TYPES, *_MOE_TYPES))}"
         )
-    if model_type not in ("sdar", "qwen3"):
-        raise ValueError(f"{path}: model_type is {model_type!r}; use an sdar or qwen3 model")
 
-    problems = _unsupported(content)
+    problems = _unsupported(content, _ONLY)
     values: dict[str, Any] = {
         "model_type": model_type,
         "rope_theta": _rope_theta(content, problems),
@@ -152,6 +181,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     if eos is not None and not all(_is_token(item) for item in ids):
         problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
     values["eos_token_id"] = ids if isinstance(eos, list) else eos
+    values["experts"] = _experts(content, model_type in _MOE_TYPES, problems)
     if not problems:
         _check_heads(values, problems)
     if problems:
@@ -190,6 +220,10 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 _REQUIRED = object()
 
 
@@ -211,10 +245,36 @@ def _take(
     return value
 
 
-def _unsupported(content: Mapping[str, Any]) -> list[str]:
+def _experts(content: Mapping[str, Any], is_moe: bool, problems: list[str]) -> Experts | None:
+    if not is_moe:
+        counts = [key for key in ("num_experts", "num_local_experts") if content.get(key)]
+        problems += [
+            f"{key} is {content[key]!r} in a dense model; model_type must then be one of "
+            f"{', '.join(_MOE_TYPES)}"
+            for key in counts
+        ]
+        return None
+    problems += _unsupported(content, _ONLY_MOE)
+    values = {
+        name: _take(content, name, _is_size, "a positive integer", problems)
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    }
+    normalized = _take(content, "norm_topk_prob", _is_bool, "true or false", problems)
+    aux = _take(content, "router_aux_loss_coef", _is_weight, "0 or above", problems, 0.001)
+    if not problems and values["num_experts_per_tok"] > values["num_experts"]:
+        problems.append(
+            f"num_experts_per_tok is {values['num_experts_per_tok']}, there are only "
+            f"num_experts={values['num_experts']}"
+        )
+    return Experts(**values, norm_topk_prob=normalized, router_aux_loss_coef=aux)
+
+
+def _unsupported(
+    content: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]
+) -> list[str]:
     problems = [
         f"{key} is {content[key]!r}; {advice}"
-        for key, (values, advice) in _ONLY.items()
+        for key, (values, advice) in only.items()
         if key in content and content[key] not in values
     ]
     kinds = set(content.get("layer_types") or ()) - {"full_attention"}

@@ -1,83 +1,66 @@
 """LLaMA-Factory keys that are not keys of this trainer, and keys that say one thing twice.
 
-A foreign key is ignored with a warning (it cannot change the result), passes in silence (its
-value asks for what happens anyway) or is refused with what to use instead. Second names are
-folded into the first, so everything past loading reads one key: neat_packing,
-recompute_granularity, data_parallel_sharding_strategy.
+A foreign key is mapped to one of ours, ignored with a warning (it cannot change the result),
+passes in silence (its value asks for what happens anyway) or is refused with what to use instead;
+the tables are in compat_mapped, compat_ignored and compat_refused. Second names are folded into
+the first, so everything past loading reads one key: neat_packing, recompute_granularity,
+data_parallel_sharding_strategy, save_steps, eval_steps.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-IGNORED: Mapping[str, str] = {
-    "freeze_vision_tower": "SDAR is text only, it has no vision tower",
-    "freeze_multi_modal_projector": "SDAR is text only, it has no projector",
-    "freeze_language_model": "it has no effect on text SDAR in LLaMA-Factory either",
-    "include_effective_tokens_per_second": "throughput is measured without being asked",
-    "include_num_input_tokens_seen": "tokens are counted without being asked",
-    "preprocessing_batch_size": "documents are tokenised as a stream, packed over the whole set",
-    "data_shared_file_system": "each node checks the tokenised data it sees",
-    "dataloader_pin_memory": "the loader decides, results do not depend on it",
-    "use_fast_tokenizer": "the tokenizers library is always used",
-    "use_reentrant_gc": "recomputation is never reentrant",
-    "cache_dir": "nothing is downloaded",
-    "media_dir": "SDAR is text only",
-    "run_name": "no experiment tracker is used",
-    "logging_dir": "metrics are written under output_dir",
-    "per_device_eval_batch_size": "there is no evaluation during training yet",
-}
+from megatron_sdar.compat_ignored import IGNORED
+from megatron_sdar.compat_mapped import MAPPED, RENAMED, map_key, normalise_value
+from megatron_sdar.compat_refused import REFUSED
+from megatron_sdar.config_sections.finetuning import FinetuningConfig
 
-_NO_ADAPTERS = "every weight is trained, remove it and set finetuning_type: full"
-_NO_EVALUATION = "there is no evaluation during training yet, remove it"
+__all__ = [
+    "IGNORED",
+    "REFUSED",
+    "RENAMED",
+    "SECOND_NAMES",
+    "Verdict",
+    "fold_second_names",
+    "judge_foreign_key",
+    "normalise_report_to",
+    "normalise_value",
+]
 
-# Key or pattern -> (values that ask for nothing, besides null and false; what to do instead).
-REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
-    "lora_*": ((), _NO_ADAPTERS),
-    "adapter_*": ((), _NO_ADAPTERS),
-    "additional_target": ((), _NO_ADAPTERS),
-    "freeze_trainable_*": ((), _NO_ADAPTERS),
-    "quantization_*": ((), "weights are not quantised, remove it and set bf16: true"),
-    "use_galore": ((), "AdamW is the optimizer; data_parallel_sharding_strategy saves its memory"),
-    "galore_*": ((), "AdamW is the optimizer, remove it"),
-    "use_apollo": ((), "AdamW is the optimizer; data_parallel_sharding_strategy saves its memory"),
-    "use_badam": ((), "AdamW is the optimizer; data_parallel_sharding_strategy saves its memory"),
-    "use_muon": ((), "AdamW is the optimizer, remove it"),
-    "use_adam_mini": ((), "AdamW is the optimizer, remove it"),
-    "use_unsloth*": ((), "this trainer has its own kernels, see attention_backend"),
-    "enable_liger_kernel": ((), "this trainer has its own kernels, remove it"),
-    "flash_attn": (("auto",), "attention_backend chooses the kernel"),
-    "optim": (("adamw_torch", "adamw_torch_fused"), "AdamW is the optimizer, remove it"),
-    "streaming": ((), "tools/preprocess_data.py reads any size; give its prefix as data_path"),
-    "buffer_size": ((), "the order is a shuffle of the whole set, remove it"),
-    "fp16": ((), "use bf16: true"),
-    "pure_bf16": ((), "use bf16: true, which keeps float32 weights for the optimizer"),
-    "fsdp*": ((), "use data_parallel_sharding_strategy"),
-    "use_distributed_optimizer": (
-        (True,),
-        "use data_parallel_sharding_strategy: no_shard | optim_grads | optim_grads_params",
-    ),
-    "predict_with_generate": ((), "use tools/generate.py"),
-    "do_predict": ((), "use tools/generate.py"),
-    "do_eval": ((), _NO_EVALUATION),
-    "eval_dataset": ((), _NO_EVALUATION),
-    "eval_strategy": (("no",), _NO_EVALUATION),
-    "eval_steps": ((), _NO_EVALUATION),
-    "load_best_model_at_end": ((), _NO_EVALUATION),
-    "data_seed": ((), "seed sets the order too, use seed"),
-    "neftune_noise_alpha": ((0,), "embedding noise is not available, remove it"),
-    "label_smoothing_factor": ((0,), "label smoothing is not available, remove it"),
-    "torch_compile": ((), "it is not available, remove it"),
-    "resize_vocab": ((), "the vocabulary is the model's, padded by make_vocab_size_divisible_by"),
-    "pref_*": ((), "only stage sft and pt are available, remove it"),
-    "dpo_*": ((), "only stage sft and pt are available, remove it"),
-    "kto_*": ((), "only stage sft and pt are available, remove it"),
-    "ppo_*": ((), "only stage sft and pt are available, remove it"),
-    "reward_model*": ((), "only stage sft and pt are available, remove it"),
-    "ref_model*": ((), "only stage sft and pt are available, remove it"),
+# Our keys that `fold_second_names` turns into another, and the key that is read afterwards.
+SECOND_NAMES: Mapping[str, str] = {
+    "packing": "neat_packing",
+    "deepspeed": "data_parallel_sharding_strategy",
+    "gradient_checkpointing": "recompute_granularity",
+    "disable_gradient_checkpointing": "recompute_granularity",
 }
+FINETUNING_KEYS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("lora_", "additional_target", "use_rslora", "adapter_name_or_path"),
+    "freeze": ("freeze_",),
+}
+# Collectives count their timeout in milliseconds, in 32 bits at the narrowest place.
+_LONGEST_TIMEOUT = (2**31 - 1) // 1000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one key as written.
+
+    Attributes:
+        kind: supported, mapped, ignored, refused or unknown.
+        note: the reason, or what to use instead; "" where there is nothing to say.
+        values: the keys of this trainer that it sets, with their values.
+    """
+
+    kind: str
+    note: str = ""
+    values: Mapping[str, object] = field(default_factory=dict)
+
 
 _ZERO_STRATEGIES = {
     0: "no_shard",
@@ -87,22 +70,32 @@ _ZERO_STRATEGIES = {
 }
 
 
-def judge_foreign_key(key: str, value: object) -> tuple[str | None, str | None] | None:
-    """Return (warning, problem) for a LLaMA-Factory key, or None if the key is unknown to us."""
+def judge_foreign_key(key: str, value: object) -> Verdict | None:
+    """What becomes of a LLaMA-Factory key that is none of ours; None if it is unknown to us.
+
+    A mapped key's value is not checked yet: that is the business of the key it becomes.
+    """
     if key in IGNORED:
-        return f"{key} is ignored: {IGNORED[key]}", None
+        return Verdict("ignored", IGNORED[key])
+    if key in MAPPED:
+        try:
+            found = map_key(key, value)
+        except ValueError as error:
+            return Verdict("refused", str(error))
+        if found is None:
+            return Verdict("ignored")
+        return Verdict("mapped", found.note, {found.key: found.value})
     for pattern, (neutral, advice) in REFUSED.items():
         if fnmatchcase(key, pattern):
-            asks_nothing = value is None or value is False or value in neutral
-            return None, None if asks_nothing else f"{key}: {value} is not supported; {advice}"
+            if value is None or value is False or value in neutral:
+                return Verdict("ignored")
+            return Verdict("refused", f"{key}: {value} is not supported; {advice}")
     return None
 
 
 def normalise_report_to(value: object) -> object:
-    """LLaMA-Factory writes none as null, as text or as a list; a single name leaves its list."""
-    if value is None or value == []:
-        return "none"
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    """LLaMA-Factory writes none as null, as text or as a list."""
+    return [] if value in (None, [], "none", ["none"]) else value
 
 
 def fold_second_names(values: dict[str, object]) -> list[str]:
@@ -113,7 +106,8 @@ def fold_second_names(values: dict[str, object]) -> list[str]:
     """
     _fold_packing(values)
     _fold_recompute(values)
-    warnings = _fold_deepspeed(values)
+    warnings = list(_idle_finetuning(values))
+    warnings += [*_fold_deepspeed(values), *_fold_epochs(values), *_clamp_timeout(values)]
     if values.get("trust_remote_code"):
         warnings.append("trust_remote_code is accepted and unused: no model code is executed")
     warms_up = values.get("warmup_steps") or values.get("warmup_ratio")
@@ -123,6 +117,22 @@ def fold_second_names(values: dict[str, object]) -> list[str]:
             "warmup_ratio do nothing; constant_with_warmup uses them"
         )
     return warnings
+
+
+def _idle_finetuning(values: Mapping[str, object]) -> Iterator[str]:
+    """Keys that were given for another finetuning_type, a warning for each kind."""
+    chosen = values.get("finetuning_type", "full")
+    for kind, prefixes in FINETUNING_KEYS.items():
+        idle = [
+            key.name
+            for key in fields(FinetuningConfig)
+            if key.name.startswith(prefixes) and values.get(key.name, key.default) != key.default
+        ]
+        if idle and chosen != kind:
+            yield (
+                f"{', '.join(idle)}: no effect with finetuning_type: {chosen} "
+                f"(finetuning_type: {kind} uses them)"
+            )
 
 
 def _fold_packing(values: dict[str, object]) -> None:
@@ -153,6 +163,39 @@ def _fold_recompute(values: dict[str, object]) -> None:
     values["recompute_granularity"] = next(iter(said.values()), "full")
 
 
+def _fold_epochs(values: dict[str, object]) -> list[str]:
+    """save_strategy and eval_strategy: epoch become a fraction of all steps."""
+    warnings = []
+    for what in ("save", "eval"):
+        strategy, steps = f"{what}_strategy", f"{what}_steps"
+        if values.get(strategy) != "epoch":
+            continue
+        max_steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 3.0)
+        assert isinstance(max_steps, int), "converted"
+        assert isinstance(epochs, float), "converted"
+        if max_steps > 0:
+            raise ValueError(
+                f"{strategy}: epoch with max_steps: {max_steps} does not say how long an epoch "
+                f"is; set {strategy}: steps and {steps}"
+            )
+        values[strategy] = "steps"
+        # Rounded down, so that the fraction of all steps never rounds up past the end of an
+        # epoch; and below 1, which would be every step.
+        values[steps] = min(math.floor(1e9 / max(1.0, epochs)), 10**9 - 1) / 1e9
+        warnings.append(f"{strategy}: epoch is {steps}: {values[steps]:g} of all steps")
+    return warnings
+
+
+def _clamp_timeout(values: dict[str, object]) -> list[str]:
+    seconds = values.get("ddp_timeout", 0)
+    assert isinstance(seconds, int), "converted"
+    if seconds <= _LONGEST_TIMEOUT:
+        return []
+    values["ddp_timeout"] = _LONGEST_TIMEOUT
+    days = _LONGEST_TIMEOUT // 86400
+    return [f"ddp_timeout: {seconds} s is taken as {_LONGEST_TIMEOUT} s, {days} days"]
+
+
 def _fold_deepspeed(values: dict[str, object]) -> list[str]:
     source = values.pop("deepspeed", None)
     if source is None:
@@ -167,12 +210,14 @@ def _fold_deepspeed(values: dict[str, object]) -> list[str]:
         )
     warnings = [f"deepspeed: only the ZeRO stage of {origin} is used -> {strategy}"]
     if offload:
-        warnings.append(f"deepspeed: the offloading that {source} asks for is not available")
+        warnings.append(f"deepspeed: the offloading that {origin} asks for is not available")
     return warnings
 
 
 def _read_zero_stage(source: str) -> tuple[int, bool, str]:
-    """Return (stage, asks for offloading, what told so)."""
+    """Return (stage, asks for offloading, what told so). A mapping comes as its JSON text."""
+    if source.startswith("{"):
+        return *_parse_zero(source, "the mapping"), "the given mapping"
     path = Path(source)
     if not path.is_file():
         named = re.search(r"ds_z([0-3])(?!\d)", path.name)
@@ -182,8 +227,13 @@ def _read_zero_stage(source: str) -> tuple[int, bool, str]:
                 "ds_z{0,2,3}_config.json; set data_parallel_sharding_strategy instead"
             )
         return int(named[1]), "offload" in path.name, f"the name {path.name} (no such file)"
+    return *_parse_zero(path.read_text(encoding="utf-8"), source), source
+
+
+def _parse_zero(text: str, source: str) -> tuple[int, bool]:
+    """(stage, asks for offloading) of a deepspeed configuration."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"deepspeed: {source} is not valid JSON: {error}") from error
     zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
@@ -192,5 +242,4 @@ def _read_zero_stage(source: str) -> tuple[int, bool, str]:
         raise ValueError(
             f"deepspeed: {source}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage!r}"
         )
-    offload = any(zero.get(key) for key in ("offload_optimizer", "offload_param"))
-    return stage, offload, source
+    return stage, any(zero.get(key) for key in ("offload_optimizer", "offload_param"))

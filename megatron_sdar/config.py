@@ -7,9 +7,9 @@ machine is `validate`'s question (config_rules).
 """
 
 import math
-import textwrap
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -17,42 +17,66 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_sdar import compat
+from megatron_sdar.config_description import as_yaml, default_of, describe_keys
 from megatron_sdar.config_fields import (
     SECTION_TYPES,
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
+    FinetuningConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    ReportingConfig,
     SdarConfig,
     TrainingConfig,
-    value_problem,
 )
+from megatron_sdar.config_presets import fill_preset
 from megatron_sdar.config_rules import validate
-from megatron_sdar.config_yaml import Entry, parse_override, read_file, write_file
+from megatron_sdar.config_sections.key import value_problem
+from megatron_sdar.config_yaml import Entry, as_text, parse_override, read_file
 
 __all__ = [
     "DataConfig",
     "DiffusionConfig",
+    "EvaluationConfig",
+    "FinetuningConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReportingConfig",
     "SdarConfig",
     "TrainingConfig",
     "describe_keys",
     "dump_resolved",
+    "judge",
     "load_config",
+    "read_entries",
+    "resolve",
+    "resolved_text",
     "to_flat_dict",
     "validate",
 ]
 
+_INTERPOLATION = re.compile(r"\$\{[\w.:]+\}")
 
-def load_config(argv: Sequence[str]) -> SdarConfig:
+
+def load_config(argv: Sequence[str], *, allow_unknown: bool = False) -> SdarConfig:
     """Read `CONFIG.yaml key=value ...`; a later value replaces the file's.
+
+    Args:
+        allow_unknown: unknown keys are ignored with a warning (LLaMA-Factory's ALLOW_EXTRA_ARGS).
 
     Raises ValueError with one line per problem: unreadable file, unknown, refused, duplicate or
     missing key, value of the wrong type or out of its range, contradiction of two names.
     """
+    entries = read_entries(argv)
+    verdicts = {entry.key: judge(entry, allow_unknown=allow_unknown) for entry in entries}
+    return resolve(argv[0], entries, verdicts)
+
+
+def read_entries(argv: Sequence[str]) -> list[Entry]:
+    """The keys of `CONFIG.yaml key=value ...` as written, each once; ValueError as load_config."""
     if not argv or "=" in argv[0] or argv[0].startswith("-"):
         raise ValueError("expected the path of a YAML file first: CONFIG.yaml key=value ...")
     entries: dict[str, Entry] = {entry.key: entry for entry in read_file(argv[0])}
@@ -62,27 +86,51 @@ def load_config(argv: Sequence[str]) -> SdarConfig:
             raise ValueError(f"{override.where}: {override.key!r} is given twice; keep one")
         seen.add(override.key)
         entries[override.key] = override
+    return list(entries.values())
 
+
+def resolve(
+    path: str, entries: Sequence[Entry], verdicts: Mapping[str, compat.Verdict]
+) -> SdarConfig:
+    """The configuration that `entries` of the file `path` mean, judged by key in `verdicts`.
+
+    Raises ValueError as load_config.
+    """
     values: dict[str, object] = {}
+    said_by: dict[str, str] = {}
     warnings: list[str] = []
     problems: list[str] = []
-    for entry in entries.values():
-        try:
-            values |= _accept(entry, warnings)
-        except ValueError as error:
-            problems.append(f"{entry.where}: {error}")
-    missing = [key.name for key, _ in _keys().values() if _default(key) is MISSING]
+    for entry in entries:
+        verdict = verdicts[entry.key]
+        if verdict.kind in ("refused", "unknown"):
+            problems.append(f"{entry.where}: {verdict.note}")
+        elif verdict.kind == "mapped":
+            (taken,) = (f"{key}: {as_yaml(value)}" for key, value in verdict.values.items())
+            note = f"; {verdict.note}" if verdict.note else ""
+            warnings.append(f"{entry.where}: {entry.key} is taken as {taken}{note}")
+        elif verdict.kind == "ignored" and verdict.note:
+            warnings.append(f"{entry.where}: {entry.key} is ignored: {verdict.note}")
+        for key, value in verdict.values.items():
+            if values.setdefault(key, value) != value:
+                problems.append(
+                    f"{entry.where}: {entry.key} and {said_by[key]} contradict each other; "
+                    f"keep {key}"
+                )
+            said_by[key] = entry.key
+    missing = [key.name for key, _ in _keys().values() if default_of(key) is MISSING]
+    given = {entry.key for entry in entries}
     problems += [
-        f"{argv[0]}: {name} is required; add a line `{name}: ...`"
+        f"{path}: {name} is required; add a line `{name}: ...`"
         for name in missing
-        if name not in entries
+        if name not in given
     ]
     if problems:
         raise ValueError("\n".join(problems))
     try:
         warnings += compat.fold_second_names(values)
     except ValueError as error:
-        raise ValueError(f"{argv[0]}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+    fill_preset(values)
     sections: dict[str, Any] = {
         name: section(
             **{key.name: values[key.name] for key in fields(section) if key.name in values}
@@ -92,23 +140,38 @@ def load_config(argv: Sequence[str]) -> SdarConfig:
     return SdarConfig(**sections, warnings=tuple(warnings))
 
 
-def _accept(entry: Entry, warnings: list[str]) -> dict[str, object]:
-    """Return {key: value} of a known key, {} of a harmless foreign one; ValueError otherwise."""
-    known = _keys().get(entry.key)
-    if known is None:
-        verdict = compat.judge_foreign_key(entry.key, entry.value)
-        if verdict is None:
-            near = get_close_matches(entry.key, _keys(), n=1)
-            advice = f"did you mean {near[0]!r}?" if near else "--help lists every key"
-            raise ValueError(f"unknown key {entry.key!r}; {advice}")
-        warning, problem = verdict
-        if problem is not None:
-            raise ValueError(problem)
-        if warning is not None:
-            warnings.append(f"{entry.where}: {warning}")
-        return {}
-    key, annotation = known
-    value = entry.value
+def judge(entry: Entry, *, allow_unknown: bool = False) -> compat.Verdict:
+    """What becomes of one key as written; the note of a refused one is the message for the user."""
+    if _INTERPOLATION.search(str(entry.value)):
+        return compat.Verdict(
+            "refused",
+            f"{entry.key}: {entry.value} refers to another key; OmegaConf's interpolation is not "
+            "available, write the value out",
+        )
+    if entry.key in compat.RENAMED:
+        target = compat.RENAMED[entry.key]
+        found = judge(replace(entry, key=target))
+        kind = "mapped" if found.kind == "supported" else found.kind
+        return replace(found, kind=kind)
+    if entry.key not in _keys():
+        foreign = compat.judge_foreign_key(entry.key, entry.value)
+        if foreign is not None:
+            return foreign
+        near = get_close_matches(entry.key, _keys(), n=1)
+        advice = f"did you mean {near[0]!r}?" if near else "--help lists every key"
+        if allow_unknown:
+            return compat.Verdict("ignored", "it is unknown, and ALLOW_EXTRA_ARGS is set")
+        return compat.Verdict("unknown", f"unknown key {entry.key!r}; {advice}")
+    try:
+        return compat.Verdict("supported", values={entry.key: _accept(entry)})
+    except ValueError as error:
+        return compat.Verdict("refused", str(error))
+
+
+def _accept(entry: Entry) -> object:
+    """The value of a key of ours; ValueError says what is wrong with it."""
+    key, annotation = _keys()[entry.key]
+    value = compat.normalise_value(entry.key, entry.value)
     if entry.key == "report_to":
         value = compat.normalise_report_to(value)
     elif entry.text is not None and _takes_text(annotation, value):
@@ -120,7 +183,7 @@ def _accept(entry: Entry, warnings: list[str]) -> dict[str, object]:
     problem = value_problem(key, converted)
     if problem is not None:
         raise ValueError(problem)
-    return {entry.key: converted}
+    return converted
 
 
 @cache
@@ -131,10 +194,6 @@ def _keys() -> dict[str, tuple[Field[Any], Any]]:
         for section in SECTION_TYPES.values()
         for key in fields(section)
     }
-
-
-def _default(key: Field[Any]) -> object:
-    return key.default if key.default_factory is MISSING else key.default_factory()
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -220,40 +279,12 @@ def to_flat_dict(config: SdarConfig) -> dict[str, Any]:
     return flat
 
 
+def resolved_text(config: SdarConfig) -> str:
+    """Every key as YAML; a file of it loads to an equal configuration."""
+    header = "Resolved configuration; pretrain_sdar.py THIS_FILE runs it."
+    return as_text(header, to_flat_dict(config))
+
+
 def dump_resolved(config: SdarConfig, path: str | Path) -> None:
-    """Write every key as YAML; `load_config([path])` gives an equal configuration."""
-    write_file(
-        path, "Resolved configuration; pretrain_sdar.py THIS_FILE runs it.", to_flat_dict(config)
-    )
-
-
-def describe_keys() -> str:
-    """Every key by section with its default and its help, for `--help`."""
-    lines = []
-    for name, section in SECTION_TYPES.items():
-        lines += ["", f"{name}: {(section.__doc__ or '').strip()}"]
-        for key in fields(section):
-            default = _default(key)
-            shown = "(required)" if default is MISSING else f"= {_as_yaml(default)}"
-            help_text = key.metadata["help"]
-            if len(key.metadata.get("choices", ())) > 1:
-                help_text += f" ({' | '.join(key.metadata['choices'])})"
-            lines += textwrap.wrap(
-                f"{key.name} {shown}".ljust(48) + f"  {help_text}",
-                width=118,
-                initial_indent="  ",
-                subsequent_indent=" " * 52,
-            )
-    lines += ["", "Accepted from LLaMA-Factory files and ignored:"]
-    lines += [f"  {key}: {reason}" for key, reason in compat.IGNORED.items()]
-    return "\n".join(lines[1:]) + "\n"
-
-
-def _as_yaml(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return str(list(value))
-    return str(value)
+    """Write `resolved_text`."""
+    Path(path).write_text(resolved_text(config), encoding="utf-8")

@@ -14,8 +14,11 @@ from megatron_sdar.config_fields import (
     DataConfig,
     ParallelConfig,
     SdarConfig,
-    value_problem,
 )
+from megatron_sdar.config_rules_diffusion import diffusion_problems
+from megatron_sdar.config_rules_evaluation import evaluation_problems
+from megatron_sdar.config_rules_finetuning import finetuning_problems
+from megatron_sdar.config_sections.key import value_problem
 from megatron_sdar.config_weights import parse_blend, parse_numbers
 
 
@@ -33,6 +36,8 @@ def validate(config: SdarConfig, architecture: Architecture, world_size: int) ->
         *_pipeline(config.parallel, architecture),
         *_world(config.parallel, world_size),
         *_training(config),
+        *evaluation_problems(config, architecture),
+        *finetuning_problems(config, architecture),
     ]
     if problems:
         raise ValueError("\n".join(["the configuration does not fit:", *problems]))
@@ -48,7 +53,8 @@ def _values(config: SdarConfig) -> Iterator[str]:
 
 def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
     data = config.data
-    if bool(data.dataset) == bool(data.data_path):
+    cached = data.tokenized_path is not None and not data.data_path
+    if bool(data.dataset) == bool(data.data_path) and not cached:
         found = "both are" if data.dataset else "neither is"
         yield f"exactly one of dataset and data_path must be given, {found}"
     if data.mask_history and data.train_on_prompt:
@@ -76,7 +82,7 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"cutoff_len={data.cutoff_len} is not a multiple of block_length={block}; use {fits}"
         )
 
-    yield from _views(config)
+    yield from diffusion_problems(config)
     if data.cutoff_len > architecture.max_position_embeddings:
         yield (
             f"cutoff_len={data.cutoff_len} exceeds the model's max_position_embeddings="
@@ -93,19 +99,6 @@ def _data(config: SdarConfig, architecture: Architecture) -> Iterator[str]:
             f"mask_token_id={mask} is outside the vocabulary of {vocab}; "
             f"raise vocab_size in config.json to at least {mask + 1}"
         )
-
-
-def _views(config: SdarConfig) -> Iterator[str]:
-    views = config.diffusion.noisy_views
-    if config.diffusion.semantics == "paper" and views > 1:
-        yield f"noisy_views={views} needs semantics=exact; the paper has one noisy copy"
-    length = config.diffusion.row_length
-    if length is not None and config.diffusion.semantics == "paper":
-        yield f"row_length={length} needs semantics=exact; the paper's rows are 2 * cutoff_len"
-    if length is not None and length % (config.data.block_length or 1):
-        yield f"row_length={length} is not a multiple of block_length={config.data.block_length}"
-    if config.diffusion.complementary_views and views < 2:
-        yield f"complementary_views needs at least two views, found noisy_views={views}; use 2"
 
 
 def _mixture(config: SdarConfig) -> Iterator[str]:

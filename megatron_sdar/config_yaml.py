@@ -5,6 +5,7 @@ Scalars follow the YAML 1.2 core schema, not PyYAML's 1.1: `1e-5` is a number, `
 file and line it came from. Nothing is ever constructed but plain data.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,12 +61,14 @@ class Entry:
 
 
 def read_file(path: str | Path) -> list[Entry]:
-    """Read a flat YAML mapping. ValueError names the file and, where it can, the line."""
+    """Read a flat YAML or JSON mapping. ValueError names the file and, where it can, the line."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path}: cannot read this configuration file: {reason}") from error
+    if Path(path).suffix == ".json":
+        return _read_json(content, path)
     try:
         loader = _Loader(content)
         node = loader.get_single_node()
@@ -85,6 +88,32 @@ def read_file(path: str | Path) -> list[Entry]:
         raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
+
+
+def _read_json(content: bytes, path: str | Path) -> list[Entry]:
+    """JSON is YAML but for tabs and surrogate pairs, so it has a parser of its own."""
+    try:
+        text = content.decode("utf-8-sig")
+        values = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object, one key for each setting: {{...}}")
+    entries = []
+    for key, value in values.items():
+        found = re.search(rf"{re.escape(json.dumps(key))}\s*:", text)
+        line = f":{text.count(chr(10), 0, found.start()) + 1}" if found else ""
+        entries.append(Entry(key, value, f"{path}{line}"))
+    return entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]], path: str | Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{path}: {key!r} is given twice; keep one")
+        seen[key] = value
+    return seen
 
 
 def _line(node: yaml.Node) -> int:
@@ -132,9 +161,9 @@ def parse_override(argument: str) -> Entry:
     return Entry(key, value, where, str(value) if quoted else text)
 
 
-def write_file(path: str | Path, header: str, values: Mapping[str, Any]) -> None:
-    """Write a flat mapping that `read_file` reads back to equal values."""
+def as_text(header: str, values: Mapping[str, Any]) -> str:
+    """A flat mapping as YAML that `read_file` reads back to equal values."""
     text = yaml.dump(
         dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )
-    Path(path).write_text(f"# {header}\n{text}", encoding="utf-8")
+    return f"# {header}\n{text}"

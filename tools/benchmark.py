@@ -16,19 +16,24 @@ import torch
 
 from megatron_sdar.benchmark.arguments import (
     add_attention,
+    add_convert,
     add_data,
     add_loss,
+    add_schedules,
     add_step,
     add_views,
 )
 from megatron_sdar.benchmark.attention import AttentionOptions, measure_attention
 from megatron_sdar.benchmark.attention_report import plot_attention, show_attention
+from megatron_sdar.benchmark.convert import ConvertOptions, measure_convert
+from megatron_sdar.benchmark.convert_report import show_convert
 from megatron_sdar.benchmark.data import measure_data, show_figures
 from megatron_sdar.benchmark.linear_cross_entropy import (
     LinearCrossEntropySize,
     measure_linear_cross_entropy,
     show_linear_cross_entropy,
 )
+from megatron_sdar.benchmark.schedules import measure_schedules, show_schedules
 from megatron_sdar.benchmark.step import measure_step
 from megatron_sdar.benchmark.step_data import Corpus, read_corpus
 from megatron_sdar.benchmark.step_options import StepOptions
@@ -52,6 +57,9 @@ examples:
       --json step.json --plot step.png                # half an hour on 2 cores
   python tools/benchmark.py views --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \\
       --json views.json --plot views.png              # ten minutes on 1 core
+  python tools/benchmark.py schedules --input gsm8k/train.jsonl --tokenizer Qwen3-1.7B \
+      --draws 32 --json schedules.json                # ten minutes on 1 core
+  python tools/benchmark.py convert --shape 4b --json convert.json
 """
 Say = Callable[[str], None]
 
@@ -67,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         (add_loss, _loss),
         (add_step, _step),
         (add_views, _views),
+        (add_schedules, _schedules),
+        (add_convert, _convert),
     ):
         command = add(commands)
         command.set_defaults(run=run)
@@ -150,6 +160,23 @@ def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _views(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    options = _views_options(args)
+    figures = measure_views(options, _corpus(args, options), say)
+    show_views(figures)
+    if args.plot is not None:
+        plot_views(figures, args.plot)
+        say(f"plot: {args.plot}")
+    return figures.to_json()
+
+
+def _schedules(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    options = _views_options(args)
+    figures = measure_schedules(options, _corpus(args, options), say)
+    show_schedules(figures)
+    return figures.to_json()
+
+
+def _views_options(args: argparse.Namespace) -> ViewsOptions:
     options = ViewsOptions(noise_eps=args.noise_eps, block_length=args.block_length, seed=args.seed)
     if args.quick:
         options = options.quick()
@@ -157,11 +184,17 @@ def _views(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     options = replace(options, **given)
     options.check()
-    figures = measure_views(options, _corpus(args, options), say)
-    show_views(figures)
-    if args.plot is not None:
-        plot_views(figures, args.plot)
-        say(f"plot: {args.plot}")
+    return options
+
+
+def _convert(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    for name, least in (("rounds", 1), ("ranks", 0), ("saves", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}")
+    options = ConvertOptions(args.shape, args.rounds, args.ranks, args.saves)
+    with tempfile.TemporaryDirectory(prefix="sdar-benchmark-", dir=args.folder) as folder:
+        figures = measure_convert(options, Path(folder), say)
+    show_convert(figures)
     return figures.to_json()
 
 

@@ -3,7 +3,8 @@
 The logits of a chunk exist only while the chunk is computed, in one buffer that all chunks share,
 in the dtype of the hidden states; statistics are fp32 (fp64 for fp64). The loss is a scalar, so
 the gradients of hidden states and head are formed in the same pass: three matmuls per chunk, not
-four. What ranks exchange is injected by the caller; nothing here communicates.
+four; two where the head is frozen. What ranks exchange is injected by the caller; nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -71,19 +72,63 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits exist at once; default: see `default_chunk_tokens`.
         weight_grad_sum: [V, D], fp32 or wider. If given, the head's gradient is added to it, in
             forward already, instead of going to weight_VD. Then nothing may stand between the loss
-            and backward: the upstream gradient must be 1.
+            and backward: the upstream gradient must be 1; and hidden states must have a gradient.
         impl: "torch", or "triton" where sdar_kernels.fused_kernels says that it runs.
     """
     assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
     wants_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
+    assert weight_grad_sum is None or hidden_MD.requires_grad, "backward would not be run"
+    wants_weight_grad = wants_grad and (weight_grad_sum is not None or weight_VD.requires_grad)
     grad_sum = weight_grad_sum if wants_grad else None
     shard = _Shard(
         first_token, weight_VD.shape[0] if num_valid is None else num_valid, reductions, impl
     )
     chunk = chunk_tokens or default_chunk_tokens(weight_VD, hidden_MD.dtype)
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, loss_weights_M, shard, chunk, wants_grad, grad_sum
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        loss_weights_M,
+        shard,
+        chunk,
+        wants_grad and hidden_MD.requires_grad,
+        wants_weight_grad,
+        grad_sum,
     )
+
+
+@torch.no_grad()
+def linear_token_losses(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    first_token: int = 0,
+    num_valid: int | None = None,
+    reductions: Reductions = ALONE,
+    chunk_tokens: int | None = None,
+    impl: str = "torch",
+) -> Tensor:
+    """CE_i of every token, and 1 where no token has a greater logit than the target: [2, M].
+
+    Arguments and collectives as in `linear_cross_entropy`; fp32 (fp64 for fp64), no gradients.
+    """
+    assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
+    wide = torch.float64 if hidden_MD.dtype == torch.float64 else torch.float32
+    shard = _Shard(
+        first_token, weight_VD.shape[0] if num_valid is None else num_valid, reductions, impl
+    )
+    used = weight_VD[: shard.num_valid]
+    chunk = chunk_tokens or default_chunk_tokens(weight_VD, hidden_MD.dtype)
+    out = torch.empty((2, hidden_MD.shape[0]), dtype=wide, device=hidden_MD.device)
+    for start in range(0, hidden_MD.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        local_targets = targets_M[rows] - shard.first_token
+        statistics = _statistics(hidden_MD[rows] @ used.T, local_targets, shard, wide)
+        peak, normalizer, target = _combine(*statistics, shard.reductions)
+        out[0, rows] = normalizer.log() + (peak - target)
+        out[1, rows] = target == peak
+    return out
 
 
 def default_chunk_tokens(weight_VD: Tensor, dtype: torch.dtype) -> int:
@@ -114,16 +159,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_weights: Tensor,
         shard: _Shard,
         chunk_tokens: int,
-        wants_grad: bool,
+        wants_hidden_grad: bool,
+        wants_weight_grad: bool,
         grad_sum: Tensor | None,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         used = weight[: shard.num_valid]
         buffer = hidden.new_empty(min(chunk_tokens, hidden.shape[0]), shard.num_valid)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden_grad else None
         grad_weight = grad_sum
-        if wants_grad and grad_weight is None:
+        if wants_weight_grad and grad_weight is None:
             grad_weight = torch.empty_like(weight, dtype=wide)
             # The first chunk writes the rest.
             grad_weight[shard.num_valid if hidden.shape[0] else 0 :].zero_()
@@ -134,34 +180,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             own_peak, own_sum, own_target = _statistics(logits, local_targets, shard, wide)
             peak, normalizer, target = _combine(own_peak, own_sum, own_target, shard.reductions)
             loss += ((normalizer.log() + (peak - target)) * weights).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None and grad_weight is None:
                 continue
             scale = weights / normalizer
             if _makes_exponentials(logits, shard, wide):
                 scale_exponentials(logits, local_targets, scale * (own_peak - peak).exp(), weights)
             else:
                 _write_gradient(logits, local_targets, peak, scale, weights, shard)
-            torch.mm(logits, used, out=grad_hidden[rows])
-            fresh = start == 0 and grad_sum is None
-            _add_product(grad_weight[: shard.num_valid], logits, hidden[rows], fresh)
+            if grad_hidden is not None:
+                torch.mm(logits, used, out=grad_hidden[rows])
+            if grad_weight is not None:
+                fresh = start == 0 and grad_sum is None
+                _add_product(grad_weight[: shard.num_valid], logits, hidden[rows], fresh)
         ctx.sums = grad_sum is not None
-        if grad_hidden is not None and grad_weight is not None:
-            own = () if ctx.sums else (grad_weight.to(weight.dtype),)
-            ctx.save_for_backward(grad_hidden, *own)
+        own_weight = None if ctx.sums or grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, own_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place: a second gradient of the head would double the peak memory. Autograd refuses
         # a second backward, because saved tensors changed.
-        grads = ctx.saved_tensors
+        grad_hidden, grad_weight = ctx.saved_tensors
         if grad.device.type != "cpu" or grad.item() != 1.0:
             assert not ctx.sums or grad.device.type != "cpu", (
                 "the head's gradient is summed already"
             )
-            grads = tuple(each.mul_(grad) for each in grads)
-        grad_hidden, grad_weight = (*grads, None)[:2]
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+            for each in (grad_hidden, grad_weight):
+                if each is not None:
+                    each.mul_(grad)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _statistics(

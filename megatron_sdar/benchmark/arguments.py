@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sdar.benchmark.attention import AttentionOptions
+from megatron_sdar.benchmark.model_shapes import MODEL_CONFIGS
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.view_forms import ViewsOptions
 
@@ -29,6 +30,16 @@ _VIEWS_HELP = """\
 Gradient variance against FLOPs of 1, 2 and 4 noisy views on one clean copy, drawn independently or
 in complementary pairs. The model is trained a little first. Efficiency is variance times FLOPs of
 one view over that of the form: above 1, the same compute leaves less variance.
+"""
+_SCHEDULES_HELP = """\
+Gradient variance over noise against the squared mean gradient, for one t per document or
+per block, drawn alone or stratified, clipped ranges of p, and flat weights. The model is trained a
+little first.
+"""
+_CONVERT_HELP = """\
+HF -> native -> HF of a model with random weights, every tensor compared bitwise, in turn with cp -r
+of the same bytes; then loading it into tensor-parallel ranks, and saving a run. 4b and 8b are the
+real sizes: 26 and 49 GB of disk, 2 and 5 minutes.
 """
 
 
@@ -172,6 +183,25 @@ def add_views(commands: Any) -> argparse.ArgumentParser:
         description=_VIEWS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_measurement(views)
+    views.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of the efficiencies")
+    return views
+
+
+def add_schedules(commands: Any) -> argparse.ArgumentParser:
+    """`schedules`: gradient variance of noise schedules."""
+    schedules: argparse.ArgumentParser = commands.add_parser(
+        "schedules",
+        help="gradient variance of noise schedules",
+        description=_SCHEDULES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_measurement(schedules)
+    return schedules
+
+
+def _add_measurement(views: argparse.ArgumentParser) -> None:
+    """What gradient variances are measured on."""
     defaults = ViewsOptions()
     views.add_argument("--input", type=Path, metavar="FILE", help="default: generated problems")
     views.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed with --input")
@@ -199,5 +229,40 @@ def add_views(commands: Any) -> argparse.ArgumentParser:
     views.add_argument(
         "--quick", action="store_true", help="toy model, few draws: shows that it runs, no more"
     )
-    views.add_argument("--plot", type=Path, metavar="PNG", help="bar chart of the efficiencies")
-    return views
+
+
+def add_convert(commands: Any) -> argparse.ArgumentParser:
+    """`convert`: conversion, loading and saving of models of real size."""
+    convert: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="speed and memory of conversion beside cp -r, of loading and of saving",
+        description=_CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "--shape",
+        choices=tuple(MODEL_CONFIGS),
+        default="tiny",
+        help="of the model, with random bfloat16 weights (default %(default)s)",
+    )
+    convert.add_argument("--rounds", type=int, default=2, help="(default %(default)s)")
+    convert.add_argument(
+        "--ranks",
+        type=int,
+        default=4,
+        help="processes that load it, tensor parallel; 0: none (default %(default)s)",
+    )
+    convert.add_argument(
+        "--saves",
+        type=int,
+        default=5,
+        help="saves at once and in the background, of a 42 M parameter run; 0: none "
+        "(default %(default)s)",
+    )
+    convert.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where to write, three times the model's size (default: a temporary directory)",
+    )
+    return convert

@@ -22,7 +22,7 @@ from sdar_kernels.self_check import document_intervals
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_sdar.benchmark.resident_memory import resident_mb
+from megatron_sdar.training.resident_memory import resident_mb
 
 DENSE, PER_DOCUMENT = "dense SDPA", "per-document SDPA"
 _OWN = {"cpu": ("tiled", "flex"), "cuda": ("flex", "triton")}

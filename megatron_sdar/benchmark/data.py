@@ -28,7 +28,8 @@ from megatron_sdar.data.building.builder import build_dataset
 from megatron_sdar.data.building.part import part_pieces
 from megatron_sdar.data.loading.documents import DocumentStore
 from megatron_sdar.data.loading.packing import pack_documents
-from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.loading.row_options import RowOptions
+from megatron_sdar.data.loading.row_stream import RowPart, RowStream
 from megatron_sdar.data.readers.spans import read_file
 from megatron_sdar.data.sources.datasets import dataset_from_file
 from megatron_sdar.data.storage.tokens import TokenizedDataset

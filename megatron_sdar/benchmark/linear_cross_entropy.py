@@ -21,7 +21,7 @@ from sdar_kernels.linear_cross_entropy import linear_cross_entropy
 from sdar_kernels.reference import weighted_cross_entropy
 from torch import Tensor
 
-from megatron_sdar.benchmark.resident_memory import resident_mb
+from megatron_sdar.training.resident_memory import resident_mb
 
 _FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": weighted_cross_entropy,

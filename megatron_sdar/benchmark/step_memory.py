@@ -10,13 +10,13 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from megatron_sdar.benchmark.resident_memory import resident_mb
 from megatron_sdar.benchmark.step_data import Document
 from megatron_sdar.benchmark.step_forms import PEER, Form, make_form
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
+from megatron_sdar.training.resident_memory import resident_mb
 
 # The first row's gradients are there while the second is computed.
 _ROWS = 2

@@ -61,7 +61,7 @@ def _peer_row(documents: Sequence[Document], shape: RowShape) -> PeerRow:
         positions[span] = torch.arange(document.ids.size)
         owner[span] = number
         masked[span] = torch.from_numpy(document.noise.masked)
-        weights[span] = 1.0 / document.noise.mask_prob
+        weights[span] = 1.0 / float(document.noise.mask_prob)
         start = span.stop
     noisy = clean.masked_fill(masked, shape.mask_token_id)
     return PeerRow(

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.benchmark.step_data import NOISE_EPS, Document
 from megatron_sdar.benchmark.step_options import benchmark_model
-from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey, draw_views
+from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey
+from megatron_sdar.diffusion.noise_schedule import NoiseSchedule, NoisyDocuments, draw_views
 from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row, build_row
 from megatron_sdar.diffusion.savings import kept_copies, num_row_blocks
 
@@ -118,16 +119,30 @@ def draw_form(
     epoch: int = 0,
 ) -> Noises:
     """Per document its views, as training draws them; numbers are the documents' ids."""
-    return draw_views(
-        NoiseKey(options.seed, epoch),
+    schedule = NoiseSchedule(
+        low=options.noise_eps, num_views=form.num_views, complementary=form.complementary
+    )
+    return draw_schedule(documents, numbers, schedule, options, epoch)
+
+
+def draw_schedule(
+    documents: Sequence[Document],
+    numbers: Sequence[int],
+    schedule: NoiseSchedule,
+    options: ViewsOptions,
+    epoch: int = 0,
+) -> Noises:
+    """The same for any schedule; the documents follow each other in the order of their epoch."""
+    nothing = [0] * len(numbers)
+    noisy = NoisyDocuments(
         numbers,
-        [0] * len(numbers),
+        nothing,
+        nothing,
+        range(len(numbers)),
         [document.ids.size for document in documents],
         np.concatenate([document.labels for document in documents]) != IGNORED_LABEL,
-        options.noise_eps,
-        form.num_views,
-        form.complementary,
     )
+    return draw_views(schedule, NoiseKey(options.seed, epoch), noisy, options.block_length)
 
 
 def rows_without_padding(

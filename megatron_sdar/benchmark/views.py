@@ -8,7 +8,7 @@ against the rows that training makes. FLOPs are counted on the rows of each form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sdar.benchmark.step_data import Corpus
-from megatron_sdar.benchmark.step_own import make_own_step
+from megatron_sdar.benchmark.still_model import Say, StillModel, check_corpus
 from megatron_sdar.benchmark.view_forms import (
     DRAWN,
     FORMS,
@@ -26,20 +26,12 @@ from megatron_sdar.benchmark.view_forms import (
     ViewForm,
     ViewsOptions,
     draw_form,
-    rows_without_padding,
 )
 from megatron_sdar.benchmark.view_moments import NUM_GRADIENTS, PairMoments, with_errors
-from megatron_sdar.config import OptimConfig
-from megatron_sdar.diffusion.rows import Row
-from megatron_sdar.parallel.gradients import local_gradients
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
-from megatron_sdar.training.flops import RowWork, step_flops
-from megatron_sdar.training.step import TrainingStep
 
 _TIMEOUT_SECONDS = 3600
 _SAME_GRADIENT = 1e-4
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -118,15 +110,7 @@ def measure_views(options: ViewsOptions, corpus: Corpus, say: Say) -> ViewsFigur
         ValueError: bad options, too few documents, or a row of several views whose gradient is
             not that of its views.
     """
-    options.check()
-    measured = options.draws * options.documents
-    needed = measured + (options.documents if options.warmup_steps else 0)
-    if len(corpus.documents) < needed:
-        raise ValueError(
-            f"the input has {len(corpus.documents)} documents, but {options.draws} draws of "
-            f"{options.documents} and warm-up need {needed}; give a larger --input, or fewer "
-            "--draws or --documents"
-        )
+    check_corpus(options, corpus)
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", _TIMEOUT_SECONDS)
     try:
         return _Measurement(options, corpus, say).run()
@@ -139,17 +123,12 @@ class _Measurement:
 
     def __init__(self, options: ViewsOptions, corpus: Corpus, say: Say) -> None:
         self._options, self._corpus, self._say = options, corpus, say
-        self._step: TrainingStep = make_own_step(
-            options.arch,
-            OptimConfig(learning_rate=options.learning_rate),
-            options.seed,
-            trimmed=True,
-        )
+        self._model = StillModel(options, corpus, say)
 
     def run(self) -> ViewsFigures:
         options = self._options
-        warmup_loss = self._warm_up()
-        size = sum(gradient.numel() for gradient in self._shards())
+        warmup_loss = self._model.warm_up()
+        size = self._model.num_parameters
         moments = PairMoments(size)
         flops, labels = [], []
         same_gradient = 0.0
@@ -166,32 +145,13 @@ class _Measurement:
                 self._say(f"  draw {draw + 1} of {options.draws}")
         return self._figures(moments, np.array(flops), labels, same_gradient, warmup_loss)
 
-    def _warm_up(self) -> float | None:
-        """Train on the documents behind those that are measured; the loss at the end."""
-        options = self._options
-        if not options.warmup_steps:
-            return None
-        self._say(f"warm-up: {options.warmup_steps} steps of {options.documents} documents")
-        measured = options.draws * options.documents
-        steps_per_pass = (len(self._corpus.documents) - measured) // options.documents
-        losses = []
-        for number in range(options.warmup_steps):
-            first = measured + number % steps_per_pass * options.documents
-            documents = range(first, first + options.documents)
-            # Every pass has noise of its own.
-            noises = self._draw(documents, FORMS[0], epoch=number // steps_per_pass)
-            losses.append(self._step.run(self._rows(documents, noises), options.learning_rate).loss)
-        loss = float(np.mean(losses[-20:]))
-        self._say(f"  loss {losses[0]:.3f} -> {loss:.3f}")
-        return loss
-
     def _view_gradients(self, numbers: Sequence[int], size: int) -> tuple[Tensor, Noises]:
         """fp32 [4, P] of two complementary pairs, and their noise."""
         noises = self._draw(numbers, DRAWN)
         gradients = torch.empty(NUM_GRADIENTS, size)
         for view in range(NUM_GRADIENTS):
-            rows = self._rows(numbers, [(each[view],) for each in noises])
-            self._write_gradient(rows, gradients[view])
+            rows = self._model.rows(numbers, [(each[view],) for each in noises])
+            self._model.write_gradient(rows, gradients[view])
         return gradients, noises
 
     def _check_shared_rows(
@@ -200,9 +160,11 @@ class _Measurement:
         """Rows with one clean copy for several views have the mean of their views' gradients."""
         worst = 0.0
         for views in ((0, 2), (0, 1), (0, 1, 2, 3)):
-            rows = self._rows(numbers, [tuple(each[view] for view in views) for each in noises])
+            rows = self._model.rows(
+                numbers, [tuple(each[view] for view in views) for each in noises]
+            )
             shared = torch.empty_like(gradients[0])
-            self._write_gradient(rows, shared)
+            self._model.write_gradient(rows, shared)
             expected = gradients[list(views)].mean(dim=0)
             difference = float((shared - expected).norm() / expected.norm())
             if not difference <= _SAME_GRADIENT:
@@ -214,29 +176,12 @@ class _Measurement:
             worst = max(worst, difference)
         return worst
 
-    def _write_gradient(self, rows: Sequence[Row], out: Tensor) -> None:
-        """The whole gradient of the step's loss over these rows, flat."""
-        self._step.optimizer.zero_grad()
-        self._step.backward(rows)
-        shards = local_gradients(self._step.parameters).values()
-        torch.cat([shard.reshape(-1) for shard in shards], out=out)
-        self._step.optimizer.zero_grad()
-
-    def _shards(self) -> list[Tensor]:
-        return list(self._step.optimizer.shards.values())
-
     def _flops(self, numbers: Sequence[int], form: ViewForm) -> int:
-        rows = self._rows(numbers, self._draw(numbers, form))
-        works = [RowWork.of(row) for row in rows]
-        return step_flops(self._options.arch, works, trimmed=True).total
+        return self._model.flops(self._model.rows(numbers, self._draw(numbers, form)))
 
-    def _draw(self, numbers: Sequence[int], form: ViewForm, epoch: int = 0) -> Noises:
+    def _draw(self, numbers: Sequence[int], form: ViewForm) -> Noises:
         documents = [self._corpus.documents[number] for number in numbers]
-        return draw_form(documents, numbers, form, self._options, epoch)
-
-    def _rows(self, numbers: Sequence[int], noises: Noises) -> list[Row]:
-        documents = [self._corpus.documents[number] for number in numbers]
-        return rows_without_padding(documents, noises, self._options)
+        return draw_form(documents, numbers, form, self._options)
 
     def _figures(
         self,
@@ -272,7 +217,7 @@ class _Measurement:
             ),
             draws=options.draws,
             documents=options.documents,
-            num_parameters=sum(shard.numel() for shard in self._shards()),
+            num_parameters=self._model.num_parameters,
             noise_eps=options.noise_eps,
             num_folded=self._corpus.num_folded,
             mate_correlation=float(scalars[0]),

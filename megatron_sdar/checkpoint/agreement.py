@@ -6,44 +6,37 @@ out. Here they learn of it at once and all leave with a readable ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sdar.parallel.mesh import sum_over_world
+from megatron_sdar.parallel.launch import gather_from_world
 
 Result = TypeVar("Result")
 
 
-def on_every_rank(function: Callable[[], Result], what: str, stages: Sequence[nn.Module]) -> Result:
+def together(function: Callable[[], Result]) -> Result:
     """Run `function` on every rank; its result, when it succeeded on all of them.
 
-    Args:
-        what: completes "another process could not ...".
-        stages: this rank's, for the device to communicate on.
-
     Raises:
-        ValueError: on every rank, when any rank raised ValueError or OSError; the failing
-            rank's says why.
+        ValueError: on every rank the same, that of the lowest rank that raised ValueError or
+            OSError. Its class is kept, so that all ranks react alike.
 
-    Collective: all_reduce (world).
+    Collective: all_gather_object (world).
     """
     result: Result | None = None
-    cause: Exception | None = None
+    cause: ValueError | None = None
     try:
         result = function()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         cause = error
-    device = next(parameter.device for stage in stages for parameter in stage.parameters())
-    failed = int(sum_over_world(torch.tensor(float(cause is not None), device=device)))
-    if cause is not None:
-        raise ValueError(str(cause)) from cause
-    if failed:
-        raise ValueError(f"another process could not {what} ({failed} of them); it says why")
+    except OSError as error:
+        cause = ValueError(str(error))
+    failures = [error for error in gather_from_world(cause) if error is not None]
+    if failures:
+        raise failures[0] from cause
     assert result is not None, "the function returns something on every rank"
     return result
 

@@ -9,7 +9,8 @@ an index that covers every tensor exactly once.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_sdar.checkpoint.safetensors_files import TensorInfo
+from megatron_sdar.checkpoint.checksums import FileRecord
+from megatron_sdar.checkpoint.safetensors_files import TensorInfo, row_blocks
 from megatron_sdar.checkpoint.shards import (
     SHARE_OUTPUT_DIR,
     Chunk,
@@ -47,15 +49,28 @@ from megatron_sdar.checkpoint.shards import (
 PathLike = str | os.PathLike[str]
 
 
+@dataclass(frozen=True)
+class WrittenShard:
+    """What a rank tells the coordinator of its file; no record where it wrote none."""
+
+    file: str
+    record: FileRecord | None
+
+
 class ShardStorageWriter(StorageWriter):
     """Writes a state dict of tensors as one streamed shard per rank, and their index.
 
     Args:
         directory: the checkpoint id; made by the coordinator, must be empty.
+
+    Attributes:
+        records: on the coordinator, after a save: every shard by its file name, with the
+            checksum that its rank took while writing.
     """
 
     def __init__(self, directory: PathLike) -> None:
         self.directory = Path(directory)
+        self.records: dict[str, FileRecord] = {}
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Write to another directory from now on."""
@@ -91,11 +106,12 @@ class ShardStorageWriter(StorageWriter):
             assert isinstance(tensor, Tensor), f"{chunk.name} is not a tensor"
             return tensor.detach()
 
-        write_shard(self.directory / plan.storage_data, chunks, values)
+        record = write_shard(self.directory / plan.storage_data, chunks, values)
+        shard = WrittenShard(plan.storage_data, record)
         written: Future[list[WriteResult]] = Future()
         written.set_result(
             [
-                WriteResult(item.index, chunk.local.num_bytes, plan.storage_data)
+                WriteResult(item.index, chunk.local.num_bytes, shard)
                 for item, chunk in zip(plan.items, chunks, strict=True)
             ]
         )
@@ -111,6 +127,8 @@ class ShardStorageWriter(StorageWriter):
             assert isinstance(entry, TensorStorageMetadata), f"{name} is not a tensor"
             expected[name] = TensorInfo(tuple(entry.size), entry.properties.dtype)
         write_index(self.directory, expected)
+        shards = {result.storage_data for rank in results for result in rank}
+        self.records = {s.file: s.record for s in shards if s.record is not None}
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -129,7 +147,7 @@ def _chunk(item: WriteItem) -> Chunk:
 
 
 class ShardStorageReader(StorageReader):
-    """Reads slices of the memory-mapped shards straight into a state dict's local tensors.
+    """Reads slices of the shards, block by block, into a state dict's local tensors.
 
     A value is cast to the dtype of the tensor that it is read into.
 
@@ -182,17 +200,27 @@ class ShardStorageReader(StorageReader):
         ValueError when a shard is unreadable, or is not what the index says.
         """
         for item in plan.items:
-            ranges = tuple(
-                slice(start, start + size)
-                for start, size in zip(item.storage_offsets, item.lengths, strict=True)
-            )
-            chunk = self._chunks[item.storage_index]
             target = planner.resolve_tensor(item).detach()
-            target.copy_(self.stored.read_chunk(item.storage_index.fqn, chunk, ranges))
+            self._fill(target, item.storage_index, item.storage_offsets)
             planner.commit_tensor(item, target)
         read: Future[None] = Future()
         read.set_result(None)
         return read
+
+    def _fill(self, target: Tensor, index: MetadataIndex, offsets: Sequence[int]) -> None:
+        """Copy the slice of a chunk that begins at `offsets` and has the target's shape.
+
+        The blocks are of whole rows of the chunk, which is how they are read.
+        """
+        chunk, name = self._chunks[index], index.fqn
+        rows = TensorInfo((target.shape[0], *chunk.shape[1:]), self.stored.tensors[name].dtype)
+        columns = [
+            slice(start, start + size)
+            for start, size in zip(offsets[1:], target.shape[1:], strict=True)
+        ]
+        for block, *_ in row_blocks(rows):
+            first = slice(offsets[0] + block.start, offsets[0] + block.stop)
+            target[block].copy_(self.stored.read_chunk(name, chunk, (first, *columns)))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:

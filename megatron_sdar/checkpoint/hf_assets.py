@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.checkpoint.remote_code import remote_code
 from megatron_sdar.checkpoint.safetensors_files import contained_file
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.*",
@@ -42,10 +43,16 @@ _MODEL_FILES = (
 )
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
 _TEMPLATE_DIR = "additional_chat_templates"
+# The published code, for a config.json that does not name it.
 _SDAR_CODE = {
     "AutoConfig": "configuration_sdar.SDARConfig",
     "AutoModel": "modeling_sdar.SDARModel",
     "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+}
+_SDAR_MOE_CODE = {
+    "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+    "AutoModel": "modeling_sdar_moe.SDARMoeModel",
+    "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
 }
 
 
@@ -87,6 +94,22 @@ def collect_assets(directories: Sequence[str | Path]) -> HfAssets:
     return HfAssets(files, auto_map, tuple(left))
 
 
+def tokenizer_assets(directory: Path) -> HfAssets:
+    """The tokenizer's files of a directory alone; ValueError as `collect_assets`."""
+    return HfAssets(_matching(directory, _TOKENIZER_FILES), {}, ())
+
+
+def with_remote_code(assets: HfAssets, arch: Architecture) -> HfAssets:
+    """The assets, with this project's model code where the source has none.
+
+    Code of the source is kept as it is, and so is a file of ours that an earlier export left.
+    """
+    own = remote_code("sdar" if arch.experts is None else "sdar_moe")
+    if assets.auto_map or any(name in assets.files for name in own.files):
+        return assets
+    return replace(assets, files={**assets.files, **own.files}, auto_map=own.auto_map)
+
+
 def _matching(directory: Path, patterns: Sequence[str]) -> dict[str, Path]:
     try:
         names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
@@ -108,7 +131,8 @@ def _auto_map(model_dir: Path, files: Mapping[str, Path]) -> dict[str, str]:
     """The source's entries whose module is shipped; SDAR's own when it states none."""
     path = model_dir / CONFIG_NAME
     content = read_json_object(path) if path.is_file() else {}
-    stated = content.get("auto_map") or _SDAR_CODE
+    default = _SDAR_MOE_CODE if content.get("model_type") == "sdar_moe" else _SDAR_CODE
+    stated = content.get("auto_map") or default
     if not isinstance(stated, dict):
         raise ValueError(f"{path}: auto_map is {stated!r}; it must be a JSON object or absent")
     return {

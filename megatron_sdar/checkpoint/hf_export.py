@@ -1,50 +1,48 @@
-"""From a native checkpoint to a Hugging Face model directory, block by block in one process.
+"""Models as Hugging Face directories, written block by block in one process.
 
-Needs no process group and no memory beyond one block of one tensor. Writes what SGLang, LMDeploy,
-JetEngine and transformers load: every tensor under its Hugging Face name with lm_head.weight
-always present, no vocabulary padding, an index, and no other .safetensors file beside it.
+Needs no process group. Writes what SGLang, LMDeploy, JetEngine and transformers load: every tensor
+under its published name with lm_head.weight always present, one tensor per expert, no vocabulary
+padding, an index, and no other .safetensors file beside it. A source without remote code gets ours.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from megatron_sdar.architecture import Architecture, load_architecture
-from megatron_sdar.checkpoint.destination import new_directory, writing
+from megatron_sdar.checkpoint.checksums import FileRecord
+from megatron_sdar.checkpoint.destination import move_in, scratch_directory
 from megatron_sdar.checkpoint.hf_assets import (
     CONFIG_NAME,
-    HfAssets,
-    collect_assets,
     config_json,
     copy_assets,
+    with_remote_code,
     write_json,
 )
+from megatron_sdar.checkpoint.hf_lint import lint_export
 from megatron_sdar.checkpoint.hf_source import INDEX_NAME
+from megatron_sdar.checkpoint.model_source import ModelSource
+from megatron_sdar.checkpoint.model_writer import WriteOptions, write_model
+from megatron_sdar.checkpoint.native_source import NativeModel
 from megatron_sdar.checkpoint.progress import byte_progress
-from megatron_sdar.checkpoint.run_directory import HF_DIR, MODEL_DIR, read_marker
-from megatron_sdar.checkpoint.safetensors_files import (
-    SafetensorsWriter,
-    TensorInfo,
-    row_blocks,
-)
-from megatron_sdar.checkpoint.shards import ShardedTensors
-from megatron_sdar.checkpoint.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    differences,
-    model_tensor_shapes,
+from megatron_sdar.checkpoint.safetensors_files import Ranges, TensorInfo
+from megatron_sdar.checkpoint.tensor_names import EMBEDDING
+from megatron_sdar.checkpoint.weight_files import (
+    THREADS,
+    WeightFile,
+    cast,
+    group_by_size,
+    write_weight_files,
 )
 
 EXPORT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+DEFAULT_SHARD_SIZE = "5GB"
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -78,43 +76,68 @@ class ExportReport:
         )
 
 
-class _Checkpoint:
-    """The model inside a native checkpoint, complete and of the expected shapes."""
+class HfTarget:
+    """A source as a Hugging Face directory; see `model_writer.ModelTarget`.
 
-    def __init__(self, directory: Path) -> None:
-        marker = read_marker(directory)
-        self.arch: Architecture = load_architecture(directory / HF_DIR)
-        self.assets: HfAssets = collect_assets([directory / HF_DIR])
-        self.stored = ShardedTensors(directory / MODEL_DIR)
-        found = {name: info.shape for name, info in self.stored.tensors.items()}
-        rows = found.get(EMBEDDING, (self.arch.vocab_size,))[0]
-        arch = replace(self.arch, tie_word_embeddings=marker.tied)
-        problems = differences(model_tensor_shapes(arch, rows), found)
-        if rows < self.arch.vocab_size:
-            problems.append(f"{EMBEDDING}: {rows} rows, config.json says {self.arch.vocab_size}")
-        if problems:
-            raise ValueError(
-                f"{directory}: the weights do not fit hf/config.json:\n  " + "\n  ".join(problems)
-            )
-        self.dropped_rows = rows - self.arch.vocab_size
-        self.head = EMBEDDING if marker.tied else HEAD
+    Args:
+        dtype: of the written tensors; None keeps the stored ones.
+        limit: bytes per weight file; a larger tensor gets a file of its own.
+    """
 
-    def tensors(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """What the export holds."""
-        return {
-            name: TensorInfo(shape, dtype or self.stored.tensors[self.stored_name(name)].dtype)
-            for name, shape in model_tensor_shapes(self.arch).items()
+    def __init__(self, source: ModelSource, dtype: torch.dtype | None, limit: int) -> None:
+        self.source = source
+        self.assets = with_remote_code(source.assets, source.arch)
+        tensors = {
+            name: TensorInfo(info.shape, dtype or info.dtype)
+            for name, info in source.tensors.items()
         }
+        groups = group_by_size(tensors, limit)
+        self.files = [
+            WeightFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, {})
+            for number, group in enumerate(groups, start=1)
+        ]
+        self._dtypes = {name: info.dtype for name, info in tensors.items()}
+        self.dtype = self._dtypes[EMBEDDING]
+        self.plan = {"format": "hf", "notes": source.notes}
 
-    def stored_name(self, name: str) -> str:
-        return self.head if name == HEAD else name
+    def read(self, name: str, ranges: Ranges) -> Tensor:
+        """The slice in the dtype of the export; ValueError when a value does not fit it."""
+        return cast(name, self.source.read(name, ranges), self._dtypes[name])
+
+    def finish(self, directory: Path, records: Mapping[str, FileRecord]) -> None:
+        """Write config.json, the files that travel along and, last, the index."""
+        del records
+        copy_assets(self.assets, directory)
+        config = config_json(self.source.arch, self.assets, self.dtype)
+        write_json(directory / CONFIG_NAME, config)
+        weight_map = {name: file.name for file in self.files for name in file.tensors}
+        total = sum(file.num_bytes for file in self.files)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX_NAME, index)
+
+    def problems(self, directory: Path) -> list[str]:
+        """See `hf_lint.lint_export`."""
+        return lint_export(directory, self.assets)
+
+    def report(self, destination: Path) -> ExportReport:
+        """What `destination` holds."""
+        dropped = self.source.padding_rows if isinstance(self.source, NativeModel) else 0
+        return ExportReport(
+            destination,
+            tuple(file.name for file in self.files),
+            len(self._dtypes),
+            sum(file.num_bytes for file in self.files),
+            self.dtype,
+            dropped,
+            tuple(self.assets.files),
+        )
 
 
 def export_hf(
     checkpoint_dir: str | Path,
     destination: str | Path,
     dtype: torch.dtype | str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     progress: bool = True,
     into_existing: bool = False,
@@ -134,25 +157,29 @@ def export_hf(
         ValueError: the checkpoint is incomplete or damaged; the destination is not empty, holds
             foreign weights or cannot be written; a value does not fit the dtype.
     """
-    source, target = Path(checkpoint_dir), Path(destination)
-    wanted = _parse_dtype(dtype)
-    limit = parse_size(max_shard_size)
-    model = _Checkpoint(source)
-    if into_existing:
-        _refuse_foreign_weights(target)
-        temporary = target / ".export.tmp"
-        with writing(target, temporary):
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
-            report = _write(model, temporary, target, wanted, limit, progress)
-            _move_in(temporary, target, report.files)
-        return report
-    with new_directory(source, target, overwrite) as temporary:
-        return _write(model, temporary, target, wanted, limit, progress)
+    path = Path(destination)
+    wanted, limit = parse_dtype(dtype), parse_size(max_shard_size)
+    target = HfTarget(NativeModel(checkpoint_dir), wanted, limit)
+    if not into_existing:
+        write_model(target, path, WriteOptions(overwrite=overwrite, progress=progress))
+        return target.report(path)
+    _refuse_foreign_weights(path)
+    with scratch_directory(path, ".export.tmp") as scratch:
+        total = sum(file.num_bytes for file in target.files)
+        with byte_progress("export", total, progress) as advance:
+            records = {
+                file.name: record
+                for file, record in write_weight_files(
+                    scratch, target.files, target.read, THREADS, advance
+                )
+            }
+        target.finish(scratch, records)
+        _move_in(scratch, path, tuple(records))
+    return target.report(path)
 
 
-def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name or dtype; ValueError for one that weights cannot have."""
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in EXPORT_DTYPES:
         raise ValueError(f"dtype: {name} is not available; use one of {', '.join(EXPORT_DTYPES)}")
@@ -165,63 +192,6 @@ def parse_size(size: int | str) -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise ValueError(f"max_shard_size: {size!r} is not a size; write 5GB, 500MB or bytes")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _write(
-    model: _Checkpoint,
-    directory: Path,
-    destination: Path,
-    dtype: torch.dtype | None,
-    limit: int,
-    progress: bool,
-) -> ExportReport:
-    tensors = model.tensors(dtype)
-    files = _plan_files(tensors, limit)
-    total = sum(info.num_bytes for info in tensors.values())
-    with byte_progress("export", total, progress) as advance:
-        for file, names in files.items():
-            infos = {name: tensors[name] for name in names}
-            with SafetensorsWriter(directory / file, infos, {}) as writer:
-                for name, info in infos.items():
-                    for ranges in row_blocks(info):
-                        block = model.stored.read(model.stored_name(name), ranges)
-                        cast = block.to(info.dtype)
-                        if _overflows(block, cast):
-                            raise ValueError(
-                                f"{name}: has values too large for {info.dtype}; export bfloat16"
-                            )
-                        advance(writer.write(name, cast))
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    written = tensors[EMBEDDING].dtype
-    copy_assets(model.assets, directory)
-    write_json(directory / CONFIG_NAME, config_json(model.arch, model.assets, written))
-    write_json(directory / INDEX_NAME, index)
-    copied = tuple(model.assets.files)
-    return ExportReport(
-        destination, tuple(files), len(tensors), total, written, model.dropped_rows, copied
-    )
-
-
-def _overflows(block: Tensor, cast: Tensor) -> bool:
-    """Whether a finite value became infinite."""
-    return block.dtype != cast.dtype and not torch.equal(cast.isfinite(), block.isfinite())
-
-
-def _plan_files(tensors: Mapping[str, TensorInfo], limit: int) -> dict[str, list[str]]:
-    """Tensor names by file name: consecutive tensors, as many as fit."""
-    groups: list[list[str]] = []
-    size = 0
-    for name, info in tensors.items():
-        if not groups or size + info.num_bytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += info.num_bytes
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": names
-        for number, names in enumerate(groups, start=1)
-    }
 
 
 def _refuse_foreign_weights(directory: Path) -> None:
@@ -244,10 +214,4 @@ def _move_in(temporary: Path, directory: Path, weight_files: tuple[str, ...]) ->
     for path in directory.glob("model*.safetensors"):
         if path.name not in weight_files:
             path.unlink()
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file() and path.name != INDEX_NAME:
-            target = directory / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-    os.replace(temporary / INDEX_NAME, directory / INDEX_NAME)
-    shutil.rmtree(temporary)
+    move_in(temporary, directory, last=INDEX_NAME)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from megatron_sdar.architecture import Architecture, load_architecture
-from megatron_sdar.checkpoint.hf_assets import read_json_object
+from megatron_sdar.checkpoint.hf_assets import HfAssets, collect_assets, read_json_object
+from megatron_sdar.checkpoint.model_source import with_padding
 from megatron_sdar.checkpoint.safetensors_files import (
     Ranges,
     SafetensorsReader,
@@ -68,7 +70,10 @@ class HfModel:
         mask_token_init: what row `arch.mask_token_id` of embedding and head becomes. `keep`:
             as stored. `mean`: the mean of the rows before it, the trained tokens. `mean_noise`:
             that mean plus N(0, initializer_range) drawn from `seed`. `auto`: `mean` for
-            model_type qwen3, which never trained the row, `keep` for sdar.
+            model_type qwen3 and qwen3_moe, which never trained the row, `keep` for sdar.
+        keep_cached: see `safetensors_files.SafetensorsReader`.
+
+    Attributes: see `model_source.ModelSource`.
 
     Raises:
         ValueError: unreadable, damaged or escaping files; missing, unexpected or mis-shaped
@@ -82,13 +87,15 @@ class HfModel:
         arch: Architecture,
         mask_token_init: str = "auto",
         seed: int = 0,
+        keep_cached: bool = True,
     ) -> None:
         self.directory = Path(model_dir)
         self.arch = arch
         self.seed = seed
         self.notes: list[str] = []
         source = load_architecture(self.directory)
-        self._home = _locate(self.directory)
+        self.kind = f"Hugging Face {source.model_type}"
+        self._home = _locate(self.directory, keep_cached)
         stored = {name: reader.tensors[name] for name, reader in self._home.items()}
         tied = source.tie_word_embeddings or arch.tie_word_embeddings
         self._head = HEAD if HEAD in stored else EMBEDDING if tied else HEAD
@@ -112,16 +119,26 @@ class HfModel:
         self._mask_init = self._resolve_mask_init(mask_token_init, source.model_type)
         self._mask_rows: dict[str, Tensor] = {}
 
+    @cached_property
+    def assets(self) -> HfAssets:
+        """What travels with the weights."""
+        return collect_assets([self.directory])
+
     @property
-    def num_files(self) -> int:
+    def files(self) -> tuple[Path, ...]:
         """Files that hold weights."""
-        return len({reader.path for reader in self._home.values()})
+        return tuple(sorted({reader.path for reader in self._home.values()}))
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """The model's own."""
+        return self.directory
 
     def report(self) -> ImportReport:
         """What was found and decided."""
         num_bytes = sum(reader.tensors[name].num_bytes for name, reader in self._home.items())
         return ImportReport(
-            self.directory, self.num_files, len(self.tensors), num_bytes, tuple(self.notes)
+            self.directory, len(self.files), len(self.tensors), num_bytes, tuple(self.notes)
         )
 
     def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,14 +148,17 @@ class HfModel:
         dtype = dtype or file.tensors[stored].dtype
         if name not in VOCABULARY:
             return file.read(stored, ranges).to(dtype)
+        return with_padding(
+            ranges, self.arch.vocab_size, dtype, partial(self._vocabulary_rows, name, dtype)
+        )
+
+    def _vocabulary_rows(self, name: str, dtype: torch.dtype, ranges: Ranges) -> Tensor:
+        """Rows within the vocabulary, as stored but for that of the mask token."""
+        stored = self._stored_name(name)
         rows, columns = ranges
-        last = max(rows.start, min(rows.stop, self.arch.vocab_size))
-        values = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
-        if last > rows.start:
-            real = (slice(rows.start, last), columns)
-            values[: last - rows.start] = file.read(stored, real)
+        values = self._home[stored].read(stored, ranges).to(dtype)
         mask_id = self.arch.mask_token_id
-        if self._mask_init != "keep" and mask_id is not None and rows.start <= mask_id < last:
+        if self._mask_init != "keep" and mask_id is not None and rows.start <= mask_id < rows.stop:
             values[mask_id - rows.start] = self._mask_row(name)[columns]
         return values
 
@@ -158,7 +178,7 @@ class HfModel:
         assert wanted in MASK_TOKEN_INITS, wanted
         init = wanted
         if wanted == "auto":
-            init = "mean" if model_type == "qwen3" else "keep"
+            init = "mean" if model_type.startswith("qwen3") else "keep"
         mask_id = self.arch.mask_token_id
         if init == "keep":
             self.notes.append(f"<|MASK|> row {mask_id}: kept as stored")
@@ -197,7 +217,7 @@ class HfModel:
         return self._mask_rows[name]
 
 
-def _locate(directory: Path) -> dict[str, SafetensorsReader]:
+def _locate(directory: Path, keep_cached: bool) -> dict[str, SafetensorsReader]:
     """The file that holds each tensor: by the index, or the only file there is."""
     index = directory / INDEX_NAME
     if index.is_file():
@@ -207,7 +227,9 @@ def _locate(directory: Path) -> dict[str, SafetensorsReader]:
         ):
             raise ValueError(f"{index}: weight_map must be a JSON object of file names")
         names = sorted(set(weight_map.values()))
-        readers = {name: SafetensorsReader(contained_file(directory, name)) for name in names}
+        readers = {
+            name: SafetensorsReader(contained_file(directory, name), keep_cached) for name in names
+        }
         lost = sorted(n for n, file in weight_map.items() if n not in readers[file].tensors)
         stray = sorted(
             f"{name} ({file})"
@@ -232,5 +254,5 @@ def _locate(directory: Path) -> dict[str, SafetensorsReader]:
             f"{directory}: {found}; download the whole model, or save it with save_pretrained "
             "(other weight formats can run code and are not read)"
         )
-    reader = SafetensorsReader(contained_file(directory, files[0]))
+    reader = SafetensorsReader(contained_file(directory, files[0]), keep_cached)
     return dict.fromkeys(reader.tensors, reader)

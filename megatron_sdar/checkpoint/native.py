@@ -3,14 +3,15 @@
 output_dir/checkpoint-N/ holds model/ and optimizer/ (planned and resharded by DCP, stored by
 dcp_storage), trainer_state.json, config.yaml and hf/ (config.json, tokenizer and whatever else
 an export ships). It is built as checkpoint-N.tmp, renamed once its COMMITTED marker is on disk.
-Invariant: a checkpoint-N either holds everything it names, or is recognised as incomplete.
+Invariant: a checkpoint-N either holds everything it names, or is recognised as incomplete; what
+is loaded has the checksums it was saved with.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_sdar.architecture import Architecture
-from megatron_sdar.checkpoint.agreement import dcp_errors_as_value_errors, on_every_rank
+from megatron_sdar.checkpoint.adapter_config import adapter_config_json
+from megatron_sdar.checkpoint.agreement import dcp_errors_as_value_errors, together
+from megatron_sdar.checkpoint.base_model import write_base_model
+from megatron_sdar.checkpoint.checksums import FileRecord
 from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.hf_assets import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     collect_assets,
     config_json,
@@ -41,19 +46,40 @@ from megatron_sdar.checkpoint.run_directory import (
     read_marker,
     remove_leftovers,
 )
-from megatron_sdar.checkpoint.shards import ShardedTensors
-from megatron_sdar.checkpoint.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    VOCABULARY,
-    differences,
-    model_tensor_shapes,
+from megatron_sdar.checkpoint.snapshot import Snapshot, stored_parameters, take_snapshot
+from megatron_sdar.checkpoint.stored_fit import (
+    AdapterOrigin,
+    check_adapter,
+    check_moments,
+    check_precision,
+    check_resumable,
+    check_tensors,
 )
+from megatron_sdar.checkpoint.tensor_names import EMBEDDING, HEAD
+from megatron_sdar.checkpoint.verification import verify_files
 from megatron_sdar.config import SdarConfig, dump_resolved
 from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.optim.adamw import MOMENTS, ShardedAdamW
+from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class CheckpointOrigin:
+    """What all checkpoints of a run have in common.
+
+    Attributes:
+        output_dir: where they are written.
+        config, arch: of the run.
+        assets: the model directory and the tokenizer's, for what an export ships.
+        adapter: of a LoRA run.
+    """
+
+    output_dir: Path
+    config: SdarConfig
+    arch: Architecture
+    assets: Sequence[str | Path]
+    adapter: AdapterOrigin | None = None
 
 
 def save_checkpoint(
@@ -66,24 +92,36 @@ def save_checkpoint(
     arch: Architecture,
     mesh: ParallelMesh,
     assets: Sequence[str | Path],
+    adapter: AdapterOrigin | None = None,
 ) -> Path:
     """Write output_dir/checkpoint-{step} and return its path, on every rank.
 
-    Args:
-        optimizer: None leaves the moments out (save_only_model).
-        state: JSON-able; `load_checkpoint` gives it back with `step` added. Numbers that are
-            not finite become null, for JSON has none.
-        assets: the model directory and the tokenizer's, for what an export ships.
+    `take_snapshot` and `CheckpointOrigin` describe the arguments, `write_checkpoint` the rest.
+    """
+    origin = CheckpointOrigin(Path(output_dir), config, arch, assets, adapter)
+    write_checkpoint(take_snapshot(step, stages, optimizer, state), origin, mesh)
+    return checkpoint_path(origin.output_dir, step)
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def write_checkpoint(snapshot: Snapshot, origin: CheckpointOrigin, mesh: ParallelMesh) -> int:
+    """Write the snapshot's checkpoint; returns its size in bytes, on every rank.
 
     An existing checkpoint of this step is replaced. Leftovers of interrupted saves are removed.
+    May run in a thread of its own, with `mesh_for_thread` and a snapshot that nobody changes.
 
     Raises:
         ValueError: on every rank, when any rank cannot write; nothing is left behind.
 
-    Collectives: broadcast_object_list and those of dcp.save (world).
+    Collectives: broadcast_object_list and those of dcp.save (mesh.control).
     """
-    final = Path(output_dir) / f"checkpoint-{step}"
+    final = checkpoint_path(origin.output_dir, snapshot.step)
     temporary = final.with_name(f"{final.name}.tmp")
+    records: dict[str, FileRecord] = {}
 
     def prepare() -> None:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -93,41 +131,51 @@ def save_checkpoint(
     def write(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
         writer = ShardStorageWriter(temporary / folder)
         with dcp_errors_as_value_errors():
-            dcp.save(_stored_names(tensors, arch), storage_writer=writer)
+            dcp.save(
+                _stored_names(tensors, origin.arch),
+                storage_writer=writer,
+                process_group=mesh.control,
+            )
+        records.update({f"{folder}/{name}": record for name, record in writer.records.items()})
 
-    def finish() -> None:
-        write_json(temporary / STATE_NAME, _finite({**state, "step": step}))
-        dump_resolved(config, temporary / RESOLVED_CONFIG_NAME)
-        shipped = collect_assets(assets)
-        copy_assets(shipped, temporary / HF_DIR)
-        dtype = next(stages[0].parameters()).dtype
-        write_json(temporary / HF_DIR / CONFIG_NAME, config_json(arch, shipped, dtype))
-        layout = {"tp": mesh.tp_size, "pp": mesh.pp_size, "dp": mesh.dp_size}
-        commit(
+    def finish() -> int:
+        _write_small_files(temporary, snapshot, origin)
+        size = commit(
             temporary,
-            step=step,
+            step=snapshot.step,
             sequence=next_sequence(final.parent),
-            has_optimizer=optimizer is not None,
-            tied=arch.tie_word_embeddings,
-            layout=layout,
+            has_optimizer=snapshot.moments is not None,
+            tied=origin.arch.tie_word_embeddings,
+            layout={"tp": mesh.tp_size, "pp": mesh.pp_size, "dp": mesh.dp_size},
+            known=records,
         )
         put_in_place(temporary, final)
+        return size
 
     try:
         run_on_main(prepare, mesh)
-        write(MODEL_DIR, _parameters(stages))
-        if optimizer is not None:
-            write(OPTIMIZER_DIR, optimizer.moments())
-        run_on_main(finish, mesh)
+        write(MODEL_DIR, snapshot.weights)
+        if snapshot.moments is not None:
+            write(OPTIMIZER_DIR, snapshot.moments)
+        return run_on_main(finish, mesh)
     except ValueError as error:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"cannot save {final}: {error}") from error
-    return final
 
 
-def _parameters(stages: Sequence[SdarStage]) -> dict[str, torch.Tensor]:
-    return {name: p for stage in stages for name, p in stage.named_parameters()}
+def _write_small_files(directory: Path, snapshot: Snapshot, origin: CheckpointOrigin) -> None:
+    """Everything but the tensors (rank 0)."""
+    write_json(directory / STATE_NAME, snapshot.state)
+    dump_resolved(origin.config, directory / RESOLVED_CONFIG_NAME)
+    shipped = collect_assets(origin.assets)
+    copy_assets(shipped, directory / HF_DIR)
+    dtype = next(iter(snapshot.weights.values())).dtype
+    write_json(directory / HF_DIR / CONFIG_NAME, config_json(origin.arch, shipped, dtype))
+    if origin.adapter is not None:
+        content = adapter_config_json(origin.adapter.config)
+        write_json(directory / HF_DIR / ADAPTER_CONFIG_NAME, content)
+        write_base_model(directory, origin.adapter.base)
 
 
 def _stored_names(
@@ -146,16 +194,12 @@ def _stored_names(
     return stored
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def load_checkpoint(
-    path: str | Path, stages: Sequence[SdarStage], optimizer: ShardedAdamW | None
+    path: str | Path,
+    stages: Sequence[SdarStage],
+    optimizer: ShardedAdamW | None,
+    verify: bool = True,
+    adapter: AdapterOrigin | None = None,
 ) -> dict[str, Any]:
     """Fill the stages, and the optimizer's moments and step count; returns the saved state.
 
@@ -163,38 +207,50 @@ def load_checkpoint(
     a checkpoint in wider precision, or without moments after step 0, is refused. Call before
     the first forward, which may gather (and, under ZeRO-2, keep) the weights.
 
-    Raises:
-        ValueError: on every rank, when any rank finds the checkpoint incomplete or damaged, or
-            its tensors are not exactly the model's.
+    Args:
+        verify: read every file that is needed and compare its checksum before anything is used.
+            Without it the files' sizes are compared.
+        adapter: of a LoRA run: then the checkpoint fills what is trained, and must be of the same
+            adapter and model.
 
-    Collectives: all_reduce and those of dcp.load (world).
+    Raises:
+        DamagedCheckpointError: on every rank the same, when the checkpoint is incomplete or a
+            checksum differs; nothing has been filled.
+        ValueError: on every rank, when any rank cannot read it, or its tensors are not exactly
+            the model's.
+
+    Collectives: all_gather_object and those of dcp.load (world).
     """
     directory = Path(path)
-    arch, parameters = stages[0].arch, _parameters(stages)
+    arch, parameters = stages[0].arch, stored_parameters(stages)
+    finetuning = stages[0].options.finetuning
 
-    def inspect() -> tuple[Marker, dict[str, Any], ShardStorageReader, ShardStorageReader | None]:
+    def begin() -> Marker:
         marker = read_marker(directory)
+        if optimizer is not None:
+            check_resumable(directory, marker)
+        return marker
+
+    def inspect() -> tuple[dict[str, Any], ShardStorageReader, ShardStorageReader | None]:
+        check_adapter(directory, adapter)
         state = read_json_object(directory / STATE_NAME)
         model, moments = ShardStorageReader(directory / MODEL_DIR), None
-        _check_tensors(directory, model.stored, parameters, arch)
+        check_tensors(directory, model.stored, parameters, arch, finetuning)
         if optimizer is not None:
-            _check_precision(directory, model.stored, parameters)
+            check_precision(directory, model.stored, parameters)
             if marker.has_optimizer:
                 moments = ShardStorageReader(directory / OPTIMIZER_DIR)
-                _check_moments(directory, moments.stored, model.stored)
-            elif marker.step != 0:
-                raise ValueError(
-                    f"{directory}: holds no optimizer state (save_only_model), so step "
-                    f"{marker.step} cannot be resumed; to train on from its weights, export them "
-                    "with tools/convert_checkpoint.py and name the result as model_name_or_path"
-                )
-        return marker, state, model, moments
+                check_moments(directory, moments.stored, model.stored, finetuning)
+        return state, model, moments
 
     def read(reader: ShardStorageReader, tensors: Mapping[str, torch.Tensor]) -> None:
         with dcp_errors_as_value_errors():
             dcp.load(_stored_names(tensors, arch), storage_reader=reader)
 
-    marker, state, model, moments = on_every_rank(inspect, f"load {directory}", stages)
+    marker = together(begin)
+    if verify:
+        verify_files(directory, _needed(marker, optimizer is not None))
+    state, model, moments = together(inspect)
     read(model, parameters)
     if optimizer is not None:
         if moments is not None:
@@ -206,48 +262,10 @@ def load_checkpoint(
     return {**state, "step": marker.step}
 
 
-def _check_tensors(
-    directory: Path,
-    model: ShardedTensors,
-    parameters: Mapping[str, torch.Tensor],
-    arch: Architecture,
-) -> None:
-    found = {name: info.shape for name, info in model.tensors.items()}
-    saved_rows = found[EMBEDDING][0] if EMBEDDING in found else None
-    rows = next((p.shape[0] for n, p in parameters.items() if n in VOCABULARY), saved_rows)
-    problems = differences(model_tensor_shapes(arch, rows), found)
-    if not problems:
-        return
-    text = f"{directory}: does not hold this model:\n  " + "\n  ".join(problems)
-    if saved_rows not in (None, rows):
-        text += (
-            f"\nvocabulary: {saved_rows} rows were saved and this run pads {arch.vocab_size} to "
-            f"{rows}; set make_vocab_size_divisible_by as in {directory / RESOLVED_CONFIG_NAME}"
-        )
-    raise ValueError(text)
-
-
-def _check_precision(
-    directory: Path, model: ShardedTensors, parameters: Mapping[str, torch.Tensor]
-) -> None:
-    narrowed = {
-        (model.tensors[name].dtype, parameter.dtype)
-        for name, parameter in parameters.items()
-        if name in model.tensors
-        and torch.promote_types(model.tensors[name].dtype, parameter.dtype) != parameter.dtype
+def _needed(marker: Marker, with_optimizer: bool) -> dict[str, FileRecord]:
+    """The files that a load depends on, and the small ones with them."""
+    return {
+        name: record
+        for name, record in marker.files.items()
+        if with_optimizer or not name.startswith(f"{OPTIMIZER_DIR}/")
     }
-    for saved, wanted in sorted(narrowed, key=str):
-        raise ValueError(
-            f"{directory}: weights are {saved}, this run's are {wanted}, so resuming would round "
-            "them; set fp64 as in its config.yaml"
-        )
-
-
-def _check_moments(directory: Path, stored: ShardedTensors, model: ShardedTensors) -> None:
-    expected = {f"{n}.{m}": info.shape for n, info in model.tensors.items() for m in MOMENTS}
-    problems = differences(expected, {name: info.shape for name, info in stored.tensors.items()})
-    if problems:
-        raise ValueError(
-            f"{directory / OPTIMIZER_DIR}: does not fit the model beside it:\n  "
-            + "\n  ".join(problems)
-        )

@@ -1,38 +1,140 @@
-"""From a Hugging Face model directory to a native checkpoint, block by block in one process.
+"""Models as native checkpoints of step 0 without moments, which every layout loads.
 
-The result is a checkpoint of step 0 without moments, which every layout loads. What only a
-trained SDAR model's config.json states is completed here: block size, mask token, padding.
+Written block by block in one process. Experts are stored fused, vocabulary rows padded as the
+configuration that will load them wants it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
-from megatron_sdar.checkpoint.destination import new_directory
-from megatron_sdar.checkpoint.hf_assets import (
-    CONFIG_NAME,
-    collect_assets,
-    config_json,
-    copy_assets,
-    write_json,
+from megatron_sdar.architecture import padded_vocab_size
+from megatron_sdar.checkpoint.checksums import FileRecord
+from megatron_sdar.checkpoint.experts import published_parts, read_fused
+from megatron_sdar.checkpoint.hf_assets import CONFIG_NAME, config_json, copy_assets, write_json
+from megatron_sdar.checkpoint.hf_source import ImportReport
+from megatron_sdar.checkpoint.model_source import ModelSource
+from megatron_sdar.checkpoint.model_writer import WriteOptions, write_model
+from megatron_sdar.checkpoint.run_directory import (
+    HF_DIR,
+    MODEL_DIR,
+    STATE_NAME,
+    commit,
+    damaged_files,
+    read_marker,
 )
-from megatron_sdar.checkpoint.hf_source import HfModel, ImportReport
-from megatron_sdar.checkpoint.progress import byte_progress
-from megatron_sdar.checkpoint.run_directory import HF_DIR, MODEL_DIR, STATE_NAME, commit
-from megatron_sdar.checkpoint.safetensors_files import (
-    SafetensorsWriter,
-    TensorInfo,
-    row_blocks,
-)
+from megatron_sdar.checkpoint.safetensors_files import Ranges, TensorInfo
 from megatron_sdar.checkpoint.shards import shard_metadata, shard_name, write_index
-from megatron_sdar.checkpoint.tensor_names import EMBEDDING, model_tensor_shapes
-from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
+from megatron_sdar.checkpoint.source_detection import open_hf_model
+from megatron_sdar.checkpoint.tensor_names import EMBEDDING, stored_tensor_shapes
+from megatron_sdar.checkpoint.weight_files import WeightFile, cast, group_by_size
 
-RELEASED_BLOCK_SIZE, RELEASED_MASK_TOKEN_ID = 4, 151669
+DEFAULT_SHARD_BYTES = 2**30
+
+
+class NativeTarget:
+    """A source as a native checkpoint; see `model_writer.ModelTarget`.
+
+    Args:
+        dtype: of the written tensors; None keeps the stored ones.
+        make_vocab_size_divisible_by: as in the configuration that will load it.
+        limit: bytes per shard; a larger tensor gets one of its own.
+
+    Attributes:
+        rows: of embedding and head, padding included.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: torch.dtype | None,
+        make_vocab_size_divisible_by: int,
+        limit: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
+        self.source = source
+        self.rows = padded_vocab_size(source.arch.vocab_size, make_vocab_size_divisible_by)
+        shapes = stored_tensor_shapes(source.arch, self.rows)
+        tensors = {
+            name: TensorInfo(shape, dtype or _stored_dtype(name, source))
+            for name, shape in shapes.items()
+        }
+        self._dtypes = {name: info.dtype for name, info in tensors.items()}
+        self.files = [
+            WeightFile(
+                f"{MODEL_DIR}/{shard_name(number)}",
+                group,
+                shard_metadata(
+                    {name: [0] * len(shapes[name]) for name in group},
+                    {name: shapes[name] for name in group},
+                ),
+            )
+            for number, group in enumerate(group_by_size(tensors, limit))
+        ]
+        self.plan = {"format": "native", "notes": source.notes}
+
+    def read(self, name: str, ranges: Ranges) -> Tensor:
+        """The slice in the dtype of the checkpoint; ValueError when a value does not fit it."""
+        experts = self.source.arch.experts
+        inter = 0 if experts is None else experts.moe_intermediate_size
+        dtype = self._dtypes[name]
+
+        def published(part: str, piece: Ranges) -> Tensor:
+            return cast(part, self.source.read(part, piece), dtype)
+
+        return read_fused(name, ranges, inter, published)
+
+    def finish(self, directory: Path, records: Mapping[str, FileRecord]) -> None:
+        """Write the index, what an export needs, and the marker last."""
+        source = self.source
+        write_index(directory / MODEL_DIR)
+        write_json(directory / STATE_NAME, {"global_step": 0})
+        (directory / HF_DIR).mkdir()
+        copy_assets(source.assets, directory / HF_DIR)
+        config = config_json(source.arch, source.assets, self._dtypes[EMBEDDING])
+        write_json(directory / HF_DIR / CONFIG_NAME, config)
+        commit(
+            directory,
+            step=0,
+            sequence=0,
+            has_optimizer=False,
+            tied=False,
+            layout={"tp": 1, "pp": 1, "dp": 1},
+            known=records,
+        )
+
+    def problems(self, directory: Path) -> list[str]:
+        """Files that are missing or not what the marker says."""
+        try:
+            marker = read_marker(directory)
+        except ValueError as error:
+            return [str(error)]
+        small = {n: r for n, r in marker.files.items() if not n.endswith(".safetensors")}
+        return damaged_files(directory, small)
+
+    def notes(self) -> list[str]:
+        """What was decided, for the user."""
+        notes = list(self.source.notes)
+        if self.rows > self.source.arch.vocab_size:
+            notes.append(f"vocabulary: {self.source.arch.vocab_size} rows padded to {self.rows}")
+        return notes
+
+
+def _stored_dtype(name: str, source: ModelSource) -> torch.dtype:
+    """Of a stored tensor; ValueError when the experts that it holds differ."""
+    experts = source.arch.experts
+    parts = published_parts(name, 0 if experts is None else experts.num_experts)
+    dtypes = {source.tensors[part].dtype for part in parts}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{source.directory}: the experts of {name} have dtypes "
+            f"{', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
+        )
+    return dtypes.pop()
 
 
 def import_hf(
@@ -46,7 +148,7 @@ def import_hf(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ImportReport:
-    """Write the directory's model as a native checkpoint, untied.
+    """Write a Hugging Face directory's model as a native checkpoint, untied.
 
     Args:
         dtype: of the written tensors; None keeps the stored ones.
@@ -58,71 +160,7 @@ def import_hf(
         ValueError: as `HfModel`; block_size contradicts config.json; the destination is not
             empty or cannot be written.
     """
-    source_dir, target = Path(model_dir), Path(destination)
-    arch, notes = _complete(load_architecture(source_dir), source_dir, block_size)
-    source = HfModel(source_dir, arch, mask_token_init, seed)
-    assets = collect_assets([source_dir])
-    rows = padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by)
-    shapes = model_tensor_shapes(arch, rows)
-    infos = {n: TensorInfo(s, dtype or source.tensors[n].dtype) for n, s in shapes.items()}
-    metadata = shard_metadata({name: [0] * len(shape) for name, shape in shapes.items()}, shapes)
-    total = sum(info.num_bytes for info in infos.values())
-    with new_directory(source_dir, target, overwrite) as temporary:
-        for folder in (MODEL_DIR, HF_DIR):
-            (temporary / folder).mkdir()
-        path = temporary / MODEL_DIR / shard_name(0)
-        with (
-            byte_progress("import", total, progress) as advance,
-            SafetensorsWriter(path, infos, metadata) as writer,
-        ):
-            for name, info in infos.items():
-                for ranges in row_blocks(info):
-                    advance(writer.write(name, source.read(name, ranges, info.dtype)))
-        write_index(temporary / MODEL_DIR)
-        write_json(temporary / STATE_NAME, {"step": 0})
-        copy_assets(assets, temporary / HF_DIR)
-        config = config_json(arch, assets, infos[EMBEDDING].dtype)
-        write_json(temporary / HF_DIR / CONFIG_NAME, config)
-        commit(
-            temporary,
-            step=0,
-            sequence=0,
-            has_optimizer=False,
-            tied=False,
-            layout={"tp": 1, "pp": 1, "dp": 1},
-        )
-    if rows > arch.vocab_size:
-        notes.append(f"vocabulary: {arch.vocab_size} rows padded to {rows}")
-    if assets.left_behind:
-        notes.append(f"not part of the model, left behind: {', '.join(assets.left_behind)}")
-    report = source.report()
-    return replace(report, notes=(*report.notes, *notes))
-
-
-def _complete(
-    arch: Architecture, source_dir: Path, block_size: int | None
-) -> tuple[Architecture, list[str]]:
-    """Untie, and fill in what config.json lacks; also one note per assumption."""
-    notes = []
-    arch = replace(arch, tie_word_embeddings=False)
-    path = source_dir / CONFIG_NAME
-    if arch.block_size is None:
-        notes.append(f"block_size: {block_size or RELEASED_BLOCK_SIZE}, config.json has none")
-        arch = replace(arch, block_size=block_size or RELEASED_BLOCK_SIZE)
-    elif block_size not in (None, arch.block_size):
-        raise ValueError(
-            f"block_size: {block_size} was asked for, {path} says {arch.block_size}; leave it out, "
-            "or change config.json"
-        )
-    if arch.mask_token_id is None:
-        mask_id, origin = RELEASED_MASK_TOKEN_ID, "that of the released models"
-        if (source_dir / "tokenizer.json").is_file():
-            mask_id, origin = load_tokenizer(source_dir).mask_token_id, "from the tokenizer"
-        if mask_id >= arch.vocab_size:
-            raise ValueError(
-                f"{path}: has no mask_token_id, and {mask_id} ({origin}) is outside the vocabulary "
-                f"of {arch.vocab_size}; add mask_token_id there"
-            )
-        notes.append(f"mask_token_id: {mask_id}, {origin}; config.json has none")
-        arch = replace(arch, mask_token_id=mask_id)
-    return arch, notes
+    source = open_hf_model(Path(model_dir), mask_token_init, block_size, seed)
+    target = NativeTarget(source, dtype, make_vocab_size_divisible_by)
+    write_model(target, Path(destination), WriteOptions(overwrite=overwrite, progress=progress))
+    return replace(source.report(), notes=tuple(target.notes()))

@@ -1,31 +1,39 @@
 """Checkpoints of one output_dir: which are complete, which is newest, which may go.
 
 A checkpoint-N is complete when its COMMITTED marker, written last, lists files that are all
-there in their size. Invariant: nothing here trusts a directory without such a marker, and the
-order of checkpoints is the order in which they were saved, whatever N or the clock says.
+there in their size; it is undamaged when their checksums agree too (`damaged_files`). The marker
+carries a checksum of itself. Invariant: nothing here trusts a directory without such a marker, and
+the order of checkpoints is the order in which they were saved, whatever N or the clock says.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sdar.checkpoint.hf_assets import read_json_object, write_json
+from megatron_sdar.checkpoint.checksums import Checksum, FileRecord, file_record
+from megatron_sdar.checkpoint.hf_assets import read_json_object
 
 MODEL_DIR, OPTIMIZER_DIR, HF_DIR = "model", "optimizer", "hf"
 STATE_NAME, RESOLVED_CONFIG_NAME, MARKER_NAME = "trainer_state.json", "config.yaml", "COMMITTED"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_OWN_CHECKSUM = "checksum"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _LEFTOVER = re.compile(r"checkpoint-\d+\.(tmp|old)")
 
 
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was saved; another one may be."""
+
+
 @dataclass(frozen=True)
 class Marker:
-    """Content of COMMITTED.
+    """Content of COMMITTED, beside its own checksum.
 
     Attributes:
         step: optimizer steps done.
@@ -33,7 +41,7 @@ class Marker:
         has_optimizer: False for save_only_model and for imports.
         tied: the head is the embedding, stored once.
         layout: sizes of tp, pp and dp that wrote it (for people; any layout loads it).
-        files: size in bytes of every other file, by path relative to the checkpoint.
+        files: size and checksum of every other file, by path relative to the checkpoint.
     """
 
     step: int
@@ -41,39 +49,99 @@ class Marker:
     has_optimizer: bool
     tied: bool
     layout: Mapping[str, int]
-    files: Mapping[str, int]
+    files: Mapping[str, FileRecord]
     format_version: int = FORMAT_VERSION
 
 
 def read_marker(checkpoint: Path) -> Marker:
-    """The marker of a complete checkpoint; ValueError says why it is not one."""
+    """The marker of a complete checkpoint; DamagedCheckpointError says why it is not one."""
     path = checkpoint / MARKER_NAME
     if not path.is_file():
-        raise ValueError(f"{checkpoint}: not a complete checkpoint: it has no {MARKER_NAME} file")
-    content = read_json_object(path)
+        raise DamagedCheckpointError(
+            f"{checkpoint}: not a complete checkpoint: it has no {MARKER_NAME} file"
+        )
+    try:
+        content = read_json_object(path)
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
     version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; use the "
             "version of megatron_sdar that wrote it"
         )
     try:
-        marker = Marker(**content)
-        wanted = dict(marker.files)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a marker of a checkpoint: {error}") from error
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        fields = {name: value for name, value in content.items() if name != _OWN_CHECKSUM}
+        marker = Marker(**{**fields, "files": files})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path}: not a marker of a checkpoint: {error!r}") from error
+    if path.read_bytes() != _encoded(marker):
+        raise DamagedCheckpointError(
+            f"{path}: damaged: it does not have the checksum that it states of itself"
+        )
     damaged = [
-        f"{name} ({'missing' if size is None else f'{size} bytes'}, should have {wanted[name]})"
-        for name, size in ((name, _size(checkpoint / name)) for name in wanted)
-        if size != wanted[name]
+        problem
+        for name, record in files.items()
+        if (problem := _size_problem(checkpoint, name, record)) is not None
     ]
     if damaged:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint: {', '.join(damaged)}")
+        raise DamagedCheckpointError(
+            f"{checkpoint}: not a complete checkpoint: {', '.join(damaged)}"
+        )
     return marker
+
+
+def write_marker(directory: Path, marker: Marker) -> None:
+    """Write COMMITTED. OSError is the caller's to explain."""
+    (directory / MARKER_NAME).write_bytes(_encoded(marker))
+
+
+def _encoded(marker: Marker) -> bytes:
+    """The bytes of COMMITTED, the same for equal markers, so that any flipped bit shows."""
+    content = asdict(marker)
+    own = Checksum()
+    own.update(json.dumps(content).encode())
+    text = json.dumps({**content, _OWN_CHECKSUM: own.record().xxh3_128}, indent=2)
+    return text.encode() + b"\n"
+
+
+def _size_problem(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
+    size = _size(checkpoint / name)
+    if size == wanted.num_bytes:
+        return None
+    found = "missing" if size is None else f"{size} bytes"
+    return f"{name} ({found}, should have {wanted.num_bytes})"
 
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
+
+
+def damaged_files(
+    checkpoint: Path,
+    files: Mapping[str, FileRecord],
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Read these files and compare their checksums with the marker's; a line per damaged one.
+
+    Args:
+        files: all of `read_marker(checkpoint).files`, or a process's share of them.
+        advance: called with every number of bytes read.
+    """
+    damaged = []
+    for name, wanted in files.items():
+        try:
+            found = file_record(checkpoint / name, advance)
+        except OSError as error:
+            damaged.append(f"{checkpoint / name}: cannot read it: {error.strerror or error}")
+            continue
+        if found != wanted:
+            damaged.append(
+                f"{checkpoint / name}: damaged: its checksum is {found.xxh3_128}, "
+                f"{MARKER_NAME} says {wanted.xxh3_128}"
+            )
+    return damaged
 
 
 def commit(
@@ -84,28 +152,48 @@ def commit(
     has_optimizer: bool,
     tied: bool,
     layout: Mapping[str, int],
-) -> None:
-    """Sync everything in `directory` to disk, then write the marker that says so."""
+    known: Mapping[str, FileRecord],
+) -> int:
+    """Sync everything in `directory` to disk, then write the marker that says so.
+
+    Args:
+        known: records of files whose writers took the checksum on the way, by path relative to
+            `directory`; the others are read.
+
+    Returns:
+        how many bytes the marker vouches for.
+
+    Raises:
+        ValueError: a file of `known` has another size than was written.
+    """
+    for name, record in known.items():
+        problem = _size_problem(directory, name, record)
+        if problem is not None:
+            raise ValueError(f"{directory}: {problem}; check the file system of output_dir")
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            files[path.relative_to(directory).as_posix()] = path.stat().st_size
+            name = path.relative_to(directory).as_posix()
+            files[name] = known.get(name) or file_record(path)
         _sync(path)
-    marker = Marker(step, sequence, has_optimizer, tied, layout, files)
-    write_json(directory / MARKER_NAME, asdict(marker))
+    write_marker(directory, Marker(step, sequence, has_optimizer, tied, layout, files))
     _sync(directory / MARKER_NAME)
     _sync(directory)
+    return sum(record.num_bytes for record in files.values())
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
     """Rename a finished directory to its name, replacing an older one of that name."""
-    retired = final.with_name(f"{final.name}.old") if final.exists() else None
-    if retired is not None:
-        final.rename(retired)
+    retired = final.rename(_retired(final)) if final.exists() else None
     temporary.rename(final)
     _sync(final.parent)
     if retired is not None:
         shutil.rmtree(retired)
+
+
+def _retired(directory: Path) -> Path:
+    """What it is called while it is removed; of a checkpoint-N that is a leftover's name."""
+    return directory.with_name(f"{directory.name}.old")
 
 
 def _sync(path: Path) -> None:
@@ -116,24 +204,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def checkpoint_directories(output_dir: Path) -> list[Path]:
+    """Every checkpoint-N, complete or not."""
+    entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else ()
+    return [path for path in entries if _CHECKPOINT.fullmatch(path.name)]
+
+
+def _leftovers(output_dir: Path) -> list[Path]:
+    entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else ()
+    return [path for path in entries if _LEFTOVER.fullmatch(path.name)]
+
+
 def _scan(output_dir: Path) -> tuple[list[tuple[Path, Marker]], list[str]]:
     """Complete checkpoints in the order they were saved, and why others are not complete."""
     complete, incomplete = [], []
-    for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
-        if _CHECKPOINT.fullmatch(path.name):
-            try:
-                complete.append((path, read_marker(path)))
-            except ValueError as error:
-                incomplete.append(str(error))
-        elif _LEFTOVER.fullmatch(path.name):
-            incomplete.append(f"{path}: left over from a save that was interrupted")
+    for path in checkpoint_directories(output_dir):
+        try:
+            complete.append((path, read_marker(path)))
+        except DamagedCheckpointError as error:
+            incomplete.append(str(error))
+    incomplete += [
+        f"{path}: left over from a save that was interrupted" for path in _leftovers(output_dir)
+    ]
     return sorted(complete, key=lambda item: (item[1].sequence, item[1].step)), incomplete
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoint-N directories, in the order they were saved."""
+    return [path for path, _ in _scan(Path(output_dir))[0]]
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint-N saved last, of those that are complete."""
-    complete, _ = _scan(Path(output_dir))
-    return complete[-1][0] if complete else None
+    complete = complete_checkpoints(output_dir)
+    return complete[-1] if complete else None
 
 
 def incomplete_checkpoints(output_dir: str | Path) -> list[str]:
@@ -149,61 +253,34 @@ def next_sequence(output_dir: Path) -> int:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what interrupted saves left behind; a run is alone in its output_dir."""
-    for path in sorted(output_dir.iterdir()):
-        if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+    for path in _leftovers(output_dir):
+        shutil.rmtree(path)
 
 
-def prune_checkpoints(output_dir: str | Path, save_total_limit: int) -> list[Path]:
+def prune_checkpoints(
+    output_dir: str | Path,
+    save_total_limit: int,
+    damaged: Collection[Path] = (),
+    spared: Path | None = None,
+) -> list[Path]:
     """Remove all but the `save_total_limit` last saved complete checkpoints; returns them.
 
-    Incomplete ones are left for the user to look at. OSError when one cannot be removed.
+    Incomplete ones, and those that the caller knows to be damaged, do not count and are left for
+    the user to look at. `spared`, the best one, is among those kept, and so is the newest, which a
+    run resumes from: with a limit of 1 that may be two.
+    OSError when one cannot be removed.
     """
     assert save_total_limit >= 1, "validated"
-    complete, _ = _scan(Path(output_dir))
-    removed = [path for path, _ in complete[:-save_total_limit]]
+    complete = [path for path in complete_checkpoints(output_dir) if path not in damaged]
+    kept = {*complete[-1:], spared}.intersection(complete)
+    for path in reversed(complete):
+        if len(kept) < save_total_limit:
+            kept.add(path)
+    removed = [path for path in complete if path not in kept]
     for path in removed:
-        # First the marker, so that an interrupted removal leaves nothing that looks complete.
-        (path / MARKER_NAME).unlink()
-        shutil.rmtree(path)
+        retired = _retired(path)
+        if retired.exists():
+            shutil.rmtree(retired)
+        # Renamed first, so that an interrupted removal leaves nothing that looks complete.
+        shutil.rmtree(path.rename(retired))
     return removed
-
-
-def resolve_resume(
-    output_dir: str | Path, resume_from_checkpoint: bool | str | None, overwrite_output_dir: bool
-) -> Path | None:
-    """The checkpoint to go on from, None to start afresh; LLaMA-Factory's rules.
-
-    A path: that checkpoint. True: the newest in output_dir. None or False: the newest if there
-    is one, unless overwrite_output_dir.
-
-    Raises:
-        ValueError: what was asked for does not exist or is not complete; or output_dir holds a
-            model but no checkpoint, and may not be overwritten.
-    """
-    directory = Path(output_dir)
-    if isinstance(resume_from_checkpoint, str):
-        try:
-            read_marker(Path(resume_from_checkpoint))
-        except ValueError as error:
-            raise ValueError(f"resume_from_checkpoint: {error}") from error
-        return Path(resume_from_checkpoint)
-    complete, incomplete = _scan(directory)
-    if resume_from_checkpoint:
-        if not complete:
-            found = "; ".join(incomplete) or "no checkpoint-N there"
-            raise ValueError(
-                f"resume_from_checkpoint: true, but {directory} has no complete checkpoint "
-                f"({found}); set it to null to start afresh"
-            )
-        return complete[-1][0]
-    if overwrite_output_dir:
-        return None
-    if complete:
-        return complete[-1][0]
-    if directory.is_dir() and any(directory.glob("*.safetensors")):
-        raise ValueError(
-            f"output_dir: {directory} holds a model but no checkpoint to resume from; choose "
-            "another directory, or set overwrite_output_dir: true"
-        )
-    return None

@@ -21,7 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20
+from megatron_sdar.checkpoint.checksums import Checksum
+from megatron_sdar.checkpoint.io_threads import Flusher
+from megatron_sdar.checkpoint.page_cache import forget_pages
+
+BLOCK_BYTES = 8 * 2**20
+_FORGET_BYTES = 2**20  # less is not worth a call; what shares pages with it is read next anyway
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,7 +58,7 @@ class TensorSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """The slice, in its stored dtype on the CPU; may be a view of the file: never write."""
+        """The slice, in its stored dtype on the CPU."""
         ...
 
 
@@ -100,37 +105,90 @@ def contained_file(directory: Path, name: str) -> Path:
 
 
 class SafetensorsReader:
-    """One open file. Tensors are read through a memory map, so opening costs no memory.
+    """One open file, of which slices are read into memory of their own.
+
+    Not through a memory map, whose pages count as the process's own: whoever reads a whole
+    model that way appears to hold a whole model. Threads may share a reader.
+
+    Args:
+        keep_cached: False when nobody will read the file again: its pages leave the system's
+            cache once read.
+
+    Attributes:
+        metadata: text entries of the header.
+        tensors: what the file holds.
 
     Raises:
         ValueError: the file cannot be read, is damaged, or holds a dtype other than DTYPES.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_cached: bool = True) -> None:
         self.path = path
+        self._keep_cached = keep_cached
         try:
-            self._file = safe_open(str(path), framework="pt")
+            with safe_open(str(path), framework="pt"):  # checks the whole header
+                self._file = path.open("rb", buffering=0)
+            (length,) = struct.unpack("<Q", self._file.read(8))
+            header: dict[str, Any] = json.loads(self._file.read(length))
         except OSError as error:
             raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-        self.metadata: dict[str, str] = self._file.metadata() or {}
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.tensors: dict[str, TensorInfo] = {}
-        # safe_open is not a mapping: it has keys() but cannot be iterated.
-        for name in self._file.keys():  # noqa: SIM118
-            piece = self._file.get_slice(name)
-            code = piece.get_dtype()
-            if code not in DTYPES:
+        self._starts: dict[str, int] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
                 raise ValueError(
-                    f"{path}: {name} has dtype {code}; use weights in bf16, fp16, fp32 or fp64 "
-                    "(quantised models cannot be trained)"
+                    f"{path}: {name} has dtype {entry['dtype']}; use weights in bf16, fp16, fp32 "
+                    "or fp64 (quantised models cannot be trained)"
                 )
-            self.tensors[name] = TensorInfo(tuple(piece.get_shape()), DTYPES[code])
+            self.tensors[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            self._starts[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A slice as a view of the mapped file: never write to it."""
-        values: Tensor = self._file.get_slice(name)[ranges]
+        """A slice. Beyond it, at most a block of whole rows is in memory.
+
+        Raises:
+            ValueError: the disk does not give the bytes.
+        """
+        info = self.tensors[name]
+        first, *others = ranges or (slice(0, 1),)
+        row_shape = info.shape[1:]
+        if tuple(others) == full_ranges(row_shape):
+            return self._rows(name, first.start, first.stop).view(_sizes_of(ranges))
+        values = torch.empty(_sizes_of(ranges), dtype=info.dtype)
+        row_bytes = max(1, volume(row_shape) * info.dtype.itemsize)
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(first.start, first.stop, step):
+            stop = min(start + step, first.stop)
+            block = self._rows(name, start, stop)
+            values[start - first.start : stop - first.start] = block[(slice(None), *others)]
         return values
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Whole rows, which lie together in the file."""
+        info = self.tensors[name]
+        shape = (max(0, stop - start), *info.shape[1:])
+        values = torch.empty(shape, dtype=info.dtype)
+        row_bytes = volume(info.shape[1:]) * info.dtype.itemsize
+        buffer = values.view(-1).view(torch.uint8).numpy().data
+        begin = offset = self._starts[name] + start * row_bytes
+        while buffer:
+            try:
+                num_bytes = os.preadv(self._file.fileno(), [buffer], offset)
+            except OSError as error:
+                raise ValueError(f"{self.path}: cannot read it: {error.strerror}") from error
+            if num_bytes == 0:
+                raise ValueError(f"{self.path}: ends within {name}; it was cut while being read")
+            buffer, offset = buffer[num_bytes:], offset + num_bytes
+        if not self._keep_cached and offset - begin >= _FORGET_BYTES:
+            forget_pages(self._file.fileno(), begin, offset - begin)
+        return values
+
+
+def _sizes_of(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(max(0, piece.stop - piece.start) for piece in ranges)
 
 
 class SafetensorsWriter:
@@ -138,6 +196,9 @@ class SafetensorsWriter:
 
     Use as a context manager: a clean exit checks that everything was written and syncs the file
     to disk. OSError is the caller's to explain.
+
+    Attributes:
+        checksum: of everything written so far.
     """
 
     def __init__(
@@ -159,17 +220,26 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._written = 0
         self._total = offset
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self.checksum = Checksum()
+        self._file = path.open("wb", buffering=0)
+        self._flusher = Flusher(self._file.fileno())
+        self._put(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, block: Tensor) -> int:
         """Append the next rows of `name`, cast to its dtype; returns the number of bytes."""
         data = block.detach().to("cpu", self._dtypes[name]).contiguous().view(-1)
-        raw = data.view(torch.uint8).numpy()
-        self._file.write(raw.data)
-        self._written += raw.size
+        raw = data.view(torch.uint8).numpy().data
+        self._put(raw)
+        self._written += raw.nbytes
         assert self._written <= self._ends[name], f"{name}: more data than its shape holds"
-        return int(raw.size)
+        return raw.nbytes
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self.checksum.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._flusher.add(len(data))
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -181,7 +251,8 @@ class SafetensorsWriter:
         trace: TracebackType | None,
     ) -> None:
         with self._file:
+            self._flusher.close()
             if kind is None:
                 assert self._written == self._total, "a declared tensor was not written"
-                self._file.flush()
                 os.fsync(self._file.fileno())
+                forget_pages(self._file.fileno())

@@ -11,10 +11,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
+from megatron_sdar.checkpoint.checksums import FileRecord, file_record
 from megatron_sdar.checkpoint.safetensors_files import (
     DTYPES,
     Ranges,
@@ -66,8 +68,12 @@ def shard_metadata(
     }
 
 
-def write_shard(path: Path, chunks: Sequence[Chunk], values: Callable[[Chunk], Tensor]) -> None:
+def write_shard(
+    path: Path, chunks: Sequence[Chunk], values: Callable[[Chunk], Tensor]
+) -> FileRecord | None:
     """Write a rank's chunks, one block at a time through memory; no file when all are empty.
+
+    Returns the file's size and checksum, None when there is no file.
 
     Args:
         chunks: at most one of each tensor.
@@ -75,7 +81,7 @@ def write_shard(path: Path, chunks: Sequence[Chunk], values: Callable[[Chunk], T
     """
     chunks = [chunk for chunk in chunks if volume(chunk.local.shape) > 0]
     if not chunks:
-        return
+        return None
     metadata = shard_metadata(
         {chunk.name: chunk.offset for chunk in chunks},
         {chunk.name: chunk.global_shape for chunk in chunks},
@@ -87,6 +93,7 @@ def write_shard(path: Path, chunks: Sequence[Chunk], values: Callable[[Chunk], T
             tensor = values(chunk)
             for ranges in row_blocks(chunk.local):
                 writer.write(chunk.name, tensor[ranges[0]])
+    return writer.checksum.record()
 
 
 def write_index(directory: Path, expected: Mapping[str, TensorInfo] | None = None) -> None:
@@ -143,7 +150,12 @@ def _cover(chunks: Sequence[StoredChunk], shape: tuple[int, ...]) -> bool:
 class ShardedTensors:
     """A directory of shards, read by global name whatever layout wrote it.
 
-    Only the files that hold a requested piece are opened.
+    Only the files that hold a requested piece are opened. Threads may share it.
+
+    Args:
+        records: what the files should be, by name. A file listed here is read once as a whole
+            and compared before anything of it is used.
+        keep_cached: see `safetensors_files.SafetensorsReader`.
 
     Attributes:
         tensors: shape and dtype of every tensor by name.
@@ -153,8 +165,17 @@ class ShardedTensors:
         ValueError: the index is absent or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        records: Mapping[str, FileRecord] | None = None,
+        keep_cached: bool = True,
+    ) -> None:
         self.directory = directory
+        self._keep_cached = keep_cached
+        self._records = records or {}
+        self._lock = Lock()
+        self._opening: dict[str, Lock] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.chunks: dict[str, list[StoredChunk]] = {}
         self._files: dict[str, SafetensorsReader] = {}
@@ -181,7 +202,7 @@ class ShardedTensors:
                 )
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A slice of the global tensor; a view of the file when one chunk holds it all.
+        """A slice of the global tensor.
 
         ValueError when a shard is unreadable, or is not what the index says.
         """
@@ -206,21 +227,34 @@ class ShardedTensors:
         return values
 
     def read_chunk(self, name: str, chunk: StoredChunk, ranges: Ranges) -> Tensor:
-        """A slice of one chunk (ranges count from its start), as a view of the file.
+        """A slice of one chunk; ranges count from its start.
 
         ValueError when the shard is unreadable, or is not what the index says.
         """
         return self._open(name, chunk).read(name, ranges)
 
     def _open(self, name: str, chunk: StoredChunk) -> SafetensorsReader:
-        if chunk.file not in self._files:
-            path = contained_file(self.directory, chunk.file)
-            self._files[chunk.file] = SafetensorsReader(path)
-        reader = self._files[chunk.file]
+        with self._lock:
+            opening = self._opening.setdefault(chunk.file, Lock())
+        with opening:
+            if chunk.file not in self._files:
+                self._files[chunk.file] = self._checked_reader(chunk.file)
+            reader = self._files[chunk.file]
         if reader.tensors.get(name) != TensorInfo(chunk.shape, self.tensors[name].dtype):
             raise ValueError(
                 f"{self.directory / chunk.file}: its {name} is not what {INDEX_NAME} says; the "
                 "checkpoint is damaged, use another one"
+            )
+        return reader
+
+    def _checked_reader(self, file: str) -> SafetensorsReader:
+        path = contained_file(self.directory, file)
+        reader = SafetensorsReader(path, self._keep_cached)
+        wanted = self._records.get(file)
+        if wanted is not None and file_record(path) != wanted:
+            raise ValueError(
+                f"{path}: damaged, its checksum is not the one that was written down when it was "
+                "saved; use another checkpoint"
             )
         return reader
 

@@ -18,7 +18,8 @@ from megatron_sdar.data.building.summary import summarize_dataset
 from megatron_sdar.data.length_histogram import bars, count_lengths, write_image
 from megatron_sdar.data.loading.documents import DocumentStore
 from megatron_sdar.data.loading.packing import PackedIndex, pack_documents, pad_to_block
-from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.loading.row_options import RowOptions
+from megatron_sdar.data.loading.row_stream import RowPart, RowStream
 from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer, load_tokenizer
 from megatron_sdar.diffusion.noise import NoiseKey, draw_noise
@@ -168,7 +169,7 @@ def read_row(stream: RowStream, place: int, epoch: int) -> tuple[Row, list[Shown
                 ids=row.input_ids[clean : clean + len(labels)].astype(np.int32),
                 kinds=kinds,
                 masked=hidden[noisy : noisy + len(labels)],
-                mask_prob=noise.mask_prob,
+                mask_prob=float(noise.mask_prob),
                 num_turns=len(part.store.turns(document)) // 2,
                 num_kept=num_row_blocks(kept_copies(ids, labels, block, [noise])) * block,
             )

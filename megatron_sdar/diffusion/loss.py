@@ -16,9 +16,17 @@ from numpy.typing import NDArray
 NORMALIZATIONS = ("global", "llamafactory")
 
 
-def token_weights(mask_prob: float, count: int) -> NDArray[np.float64]:
-    """1/p for each of `count` masked tokens: the NELBO weight of the linear schedule."""
-    return np.full(count, 1.0 / mask_prob)
+def block_weights(loss_prob: float | NDArray[np.float64], num_blocks: int) -> NDArray[np.float64]:
+    """What a masked token of each block weighs, float64 [num_blocks].
+
+    Args:
+        loss_prob: p of the document, or of each of its blocks: 1/p is the NELBO weight of the
+            linear schedule. Or what the schedule divides by instead (`NoiseDraw.loss_prob`).
+    """
+    if isinstance(loss_prob, np.ndarray):
+        assert loss_prob.shape == (num_blocks,), "the noise was drawn with another block length"
+        return 1.0 / loss_prob
+    return np.full(num_blocks, 1.0 / loss_prob)
 
 
 def micro_batch_scales(

@@ -3,7 +3,8 @@
 The draw depends on (seed, epoch, document, piece, view) only, never on rank, worker,
 micro-batch or row, so it is the same under every parallel layout and packing and after every
 resume, and differs between documents wherever they are processed. Generator: Philox4x64, one
-key per (seed, epoch), one counter stream per (document, piece, view).
+key per (seed, epoch), one counter stream per (document, piece, view). Here is the published
+schedule; `noise_schedule` has the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ UNIFORM_SCALE = 2.0**-53
 
 # First word of a counter stream: what it is drawn for.
 NOISE_STREAM, ORDER_STREAM, SPLIT_STREAM, CHOICE_STREAM, GROUP_STREAM = range(5)
+BLOCK_STREAM, SHIFT_STREAM = 5, 6
 _PIECE_SHIFT = 32
 
 
@@ -35,12 +37,21 @@ class NoiseDraw:
     """One noisy view of a document of n tokens.
 
     Attributes:
-        mask_prob: p in [eps, 1], the probability every maskable token was masked with.
+        mask_prob: p in (0, 1], the probability every maskable token was masked with; or float64
+            [blocks], one per block.
         masked: bool [n], the tokens that became the mask token.
+        flat_prob: what the loss divides by instead of p, the same for every token of the
+            schedule; None: p.
     """
 
-    mask_prob: float
+    mask_prob: float | NDArray[np.float64]
     masked: NDArray[np.bool_]
+    flat_prob: float | None = None
+
+    @property
+    def loss_prob(self) -> float | NDArray[np.float64]:
+        """A masked token weighs 1 / this in the loss."""
+        return self.mask_prob if self.flat_prob is None else self.flat_prob
 
 
 class PhiloxStreams:
@@ -80,7 +91,7 @@ def to_uniforms(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 def uniforms(key: NoiseKey, document_id: int, count: int, piece: int = 0) -> NDArray[np.float64]:
     """The first `count` uniforms in [0, 1) of the stream of (key, document_id, piece)."""
-    stream = _noise_stream(key, document_id, piece)
+    stream = _stream(NOISE_STREAM, key, document_id, piece)
     return to_uniforms(philox_words(key.seed, key.epoch, stream, count))
 
 
@@ -92,6 +103,44 @@ def epoch_order(num_rows: int, seed: int, epoch: int, part: int = 0) -> NDArray[
     """
     words = philox_words(seed, epoch, (ORDER_STREAM, part, 0), num_rows)
     return np.argsort(words, kind="stable")
+
+
+def noise_words(
+    key: NoiseKey, document_ids: Sequence[int], pieces: Sequence[int], lengths: Sequence[int]
+) -> list[NDArray[np.uint64]]:
+    """Per document 1 + length random words: of its t, then of every token."""
+    streams = PhiloxStreams(key.seed, key.epoch)
+    return [
+        streams.words(_stream(NOISE_STREAM, key, document_id, piece), 1 + length)
+        for document_id, piece, length in zip(document_ids, pieces, lengths, strict=True)
+    ]
+
+
+def block_words(
+    key: NoiseKey, document_ids: Sequence[int], pieces: Sequence[int], num_blocks: Sequence[int]
+) -> list[NDArray[np.uint64]]:
+    """Per document one random word for every block, apart from those of its tokens."""
+    streams = PhiloxStreams(key.seed, key.epoch)
+    return [
+        streams.words(_stream(BLOCK_STREAM, key, document_id, piece), count)
+        for document_id, piece, count in zip(document_ids, pieces, num_blocks, strict=True)
+    ]
+
+
+def mask_tokens(
+    words: Sequence[NDArray[np.uint64]],
+    token_probs: NDArray[np.float64],
+    maskable: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Which tokens become the mask token, bool [sum of lengths].
+
+    Args:
+        words: of `noise_words`.
+        token_probs: float64 [sum of lengths], the masking probability of each token.
+        maskable: bool [sum of lengths]; prompt tokens are False and stay clean.
+    """
+    levels = to_uniforms(np.concatenate([each[1:] for each in words]))
+    return maskable & (levels < token_probs)
 
 
 def draw_noise(
@@ -112,7 +161,6 @@ def draw_noises(
     lengths: Sequence[int],
     maskable: NDArray[np.bool_],
     eps: float,
-    highest: float = 1.0,
 ) -> list[NoiseDraw]:
     """Per document: draw t ~ U[0, 1), p = (1 - eps) t + eps, mask each maskable token with p.
 
@@ -123,20 +171,14 @@ def draw_noises(
         lengths: tokens of each.
         maskable: bool [sum of lengths]; prompt tokens are False and stay clean.
         eps: smallest masking probability (published: 1e-3).
-        highest: largest masking probability (published: 1): p = (highest - eps) t + eps.
 
     Formula: BD3-LM's linear schedule as SDAR's published training code applies it, one t per
     document (and per piece).
     """
-    streams = PhiloxStreams(key.seed, key.epoch)
-    words = [
-        streams.words(_noise_stream(key, document_id, piece), 1 + length)
-        for document_id, piece, length in zip(document_ids, pieces, lengths, strict=True)
-    ]
+    words = noise_words(key, document_ids, pieces, lengths)
     t = to_uniforms(np.array([each[0] for each in words]))
-    mask_probs = (highest - eps) * t + eps
-    levels = to_uniforms(np.concatenate([each[1:] for each in words]))
-    masked = maskable & (levels < np.repeat(mask_probs, lengths))
+    mask_probs = (1.0 - eps) * t + eps
+    masked = mask_tokens(words, np.repeat(mask_probs, lengths), maskable)
     ends = np.cumsum(lengths).tolist()
     return [
         NoiseDraw(mask_prob, masked[end - length : end])
@@ -144,44 +186,5 @@ def draw_noises(
     ]
 
 
-def draw_views(
-    key: NoiseKey,
-    document_ids: Sequence[int],
-    pieces: Sequence[int],
-    lengths: Sequence[int],
-    maskable: NDArray[np.bool_],
-    eps: float,
-    num_views: int = 1,
-    complementary: bool = False,
-) -> list[tuple[NoiseDraw, ...]]:
-    """Per document its noisy views: independent draws, or pairs that mask each token once.
-
-    Args:
-        key: of the first view; the others count on from it.
-        document_ids, pieces, lengths, maskable, eps: as in `draw_noises`.
-        num_views: K.
-        complementary: view 2j + 1 masks exactly the maskable tokens that view 2j left, with
-            probability 1 - p. Both are weighted by their own probability, so p is drawn from
-            [eps, 1 - eps] there. With an odd K the last view stands alone.
-    """
-    drawn: list[list[NoiseDraw]] = []
-    for view in range(num_views):
-        if complementary and view % 2:
-            drawn.append([])
-            continue
-        paired = complementary and view + 1 < num_views
-        view_key = NoiseKey(key.seed, key.epoch, key.view + view)
-        highest = 1.0 - eps if paired else 1.0
-        drawn.append(draw_noises(view_key, document_ids, pieces, lengths, maskable, eps, highest))
-    ends = np.cumsum(lengths).tolist()
-    for view in range(1, num_views, 2):
-        if complementary:
-            drawn[view] = [
-                NoiseDraw(1.0 - draw.mask_prob, maskable[end - length : end] & ~draw.masked)
-                for draw, length, end in zip(drawn[view - 1], lengths, ends, strict=True)
-            ]
-    return list(zip(*drawn, strict=True))
-
-
-def _noise_stream(key: NoiseKey, document_id: int, piece: int) -> tuple[int, int, int]:
-    return NOISE_STREAM, document_id, key.view | piece << _PIECE_SHIFT
+def _stream(purpose: int, key: NoiseKey, document_id: int, piece: int) -> tuple[int, int, int]:
+    return purpose, document_id, key.view | piece << _PIECE_SHIFT

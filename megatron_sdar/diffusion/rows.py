@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megatron_sdar.diffusion.loss import token_weights
+from megatron_sdar.diffusion.loss import block_weights
 from megatron_sdar.diffusion.noise import NoiseDraw
 
 IGNORED_LABEL = -100
@@ -56,7 +56,7 @@ class Row:
         segment_starts: int64 [S], where clean copies, noisy copies and padding begin.
         loss_positions: int64 [M], indices of masked noisy tokens on the token axis.
         target_ids: int64 [M], the clean token of each.
-        loss_weights: float64 [M], 1/p.
+        loss_weights: float64 [M], 1/p, or what the noise schedule puts in its place.
         num_label_tokens: label tokens of the documents, masked or not, once per noisy view: the
             denominator.
         num_padding: padding tokens at the end.
@@ -125,11 +125,11 @@ def build_row(
     loss_positions = end - blocks.mask_sources.size * block_length + masked_places
     target_ids = input_ids[loss_positions]
     input_ids[loss_positions] = mask_token_id
-    counts = np.bincount(blocks.views[masked_places // block_length], minlength=len(views))
     weights = [
-        token_weights(view.noise.mask_prob, count)
-        for view, count in zip(views, counts.tolist(), strict=True)
+        block_weights(view.noise.loss_prob, view.noise.masked.size // block_length)
+        for view in views
     ]
+    masked_blocks = blocks.mask_sources[masked_places // block_length]
     num_label_tokens = sum(
         len(document.views) * int(np.count_nonzero(document.labels != IGNORED_LABEL))
         for document in documents
@@ -142,7 +142,7 @@ def build_row(
         segment_starts=np.array([*blocks.segment_starts.tolist(), *padding], dtype=np.int64),
         loss_positions=loss_positions,
         target_ids=target_ids,
-        loss_weights=_join(weights, np.float64),
+        loss_weights=_join(weights, np.float64)[masked_blocks],
         num_label_tokens=num_label_tokens,
         num_padding=row_length - end,
     )
@@ -178,7 +178,6 @@ class _Blocks:
         positions: int64 [K], its number in its own document.
         key_intervals: int32 [K, 4], what its tokens see.
         mask_sources: int64 [N], the number of a noisy one in the joined masks of all views.
-        views: int64 [N], its view, numbered through the documents.
         segment_starts: int64 [S], tokens of the row where a copy begins.
     """
 
@@ -186,7 +185,6 @@ class _Blocks:
     positions: NDArray[np.int64]
     key_intervals: NDArray[np.int32]
     mask_sources: NDArray[np.int64]
-    views: NDArray[np.int64]
     segment_starts: NDArray[np.int64]
 
 
@@ -225,7 +223,6 @@ def _lay_out_blocks(documents: Sequence[RowDocument], block_length: int) -> _Blo
         positions=positions,
         key_intervals=intervals * np.int32(block_length),
         mask_sources=mask_starts[block_views] + kept,
-        views=block_views,
         segment_starts=_starts(copies)[copies > 0] * block_length,
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.model.cache import CachedTokens
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.recomputation import not_kept
 from megatron_sdar.parallel.layers import (
@@ -31,11 +32,16 @@ from megatron_sdar.parallel.projections import column_parallel_projections
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What every layer of a micro-batch shares: mask metadata and rotary tables [T, 1, H]."""
+    """What every layer of a micro-batch shares: mask metadata and rotary tables [T, 1, H].
 
-    mask: AttentionMask
+    While decoding, the mask is the tokens' places in a cache of keys and values. `dropout_seed` is
+    the micro-batch's; None: nothing is dropped.
+    """
+
+    mask: AttentionMask | CachedTokens
     cos: Tensor
     sin: Tensor
+    dropout_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,13 @@ class SelectedTokens:
     layout: TokenLayout
 
     @classmethod
-    def of(cls, positions: Tensor, mask: AttentionMask, layout: TokenLayout) -> SelectedTokens:
+    def of(
+        cls, positions: Tensor, mask: AttentionMask | CachedTokens, layout: TokenLayout
+    ) -> SelectedTokens:
         """The tokens at `positions` [M] of the micro-batch `layout`; `mask` is theirs."""
         assert mask.num_tokens == positions.shape[0], "the mask is that of these positions"
         cos, sin = (table.index_select(0, positions) for table in (layout.cos, layout.sin))
-        return cls(positions, TokenLayout(mask, cos, sin))
+        return cls(positions, TokenLayout(mask, cos, sin, layout.dropout_seed))
 
 
 class SdarAttention(nn.Module):
@@ -86,7 +94,8 @@ class SdarAttention(nn.Module):
 
         Collectives: see `column_parallel_projections`.
         """
-        weights = [proj.product() for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weights = [projection.product(layout.dropout_seed) for projection in projections]
         group, split = self.tp.get_group(), self.sequence_parallel
         q, k, v = column_parallel_projections(x, weights, group, split)
         return self._attend(q, k, v, layout, layout)
@@ -98,9 +107,10 @@ class SdarAttention(nn.Module):
 
         Keys and values are those of all T tokens.
         """
-        weights = (self.k_proj.product(), self.v_proj.product())
+        seed = layout.dropout_seed
+        weights = (self.k_proj.product(seed), self.v_proj.product(seed))
         k, v = column_parallel_projections(x_TD, weights, None, False)
-        q = self.q_proj(x_TD.index_select(0, selected.positions))
+        q = self.q_proj(x_TD.index_select(0, selected.positions), seed)
         return self._attend(q, k, v, selected.layout, layout)
 
     def _attend(
@@ -119,12 +129,16 @@ class SdarAttention(nn.Module):
             (turned_q, lambda: turned(q, self.q_norm, queries)),
             (turned_k, lambda: turned(k, self.k_norm, keys)),
         )
+        if isinstance(queries.mask, CachedTokens):
+            assert isinstance(keys.mask, CachedTokens), "queries and keys are of one forward"
+            out = queries.mask.attend(self, turned_q, turned_k, v, keys.mask)
+            return self.o_proj(out.reshape(out.shape[0], -1))
         with not_kept(*skipped) if options.recompute == "selective" else nullcontext():
             out = block_diffusion_attention(
                 turned_q, turned_k, v, queries.mask,
                 options.attention_backend, options.attention_config,
             )  # fmt: skip
-        return self.o_proj(out.reshape(out.shape[0], -1))
+        return self.o_proj(out.reshape(out.shape[0], -1), queries.dropout_seed)
 
 
 def _key_value_projection(

@@ -9,6 +9,8 @@ import torch
 from sdar_kernels.flex_attention import FLEX_BLOCK
 from sdar_kernels.triton_configs import AttentionConfig
 
+from megatron_sdar.model.finetuning import EVERYTHING, Finetuning
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -23,8 +25,10 @@ class ModelOptions:
         attention_backend: resolved name (sdar_kernels.attention_backend.choose_backend).
         fused_kernels: "torch" or "triton" (sdar_kernels.fused_kernels.choose_fused_kernels).
         attention_config: tile sizes of the triton backend; None: those chosen for the GPU.
+        compute_dtype: of the activations; None: dtype. `build_stages` fills it in.
         trim_last_layer: the last decoder layer computes only the tokens that carry loss, beyond
             the keys and values of all. Exact.
+        finetuning: which weights are trained, and the low-rank updates beside them.
     """
 
     padded_vocab_size: int
@@ -35,6 +39,8 @@ class ModelOptions:
     fused_kernels: str = "torch"
     attention_config: AttentionConfig | None = None
     trim_last_layer: bool = True
+    compute_dtype: torch.dtype | None = None
+    finetuning: Finetuning = EVERYTHING
 
     def loss_multiple(self, num_tokens: int, tp_size: int) -> int:
         """What a micro-batch's loss positions are padded to a multiple of.

@@ -8,6 +8,7 @@ last stage also carry the embedding and the head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def build_stages(
     Args:
         compute_dtype: dtype of activations; None means the parameters' dtype.
     """
+    options = replace(options, compute_dtype=compute_dtype or options.dtype)
     ranges = stage_ranges(arch.num_hidden_layers, mesh.pp_size * virtual_size, layers_per_stage)
     mine = [ranges[chunk * mesh.pp_size + mesh.pp_rank] for chunk in range(virtual_size)]
     stages = nn.ModuleList(SdarStage(arch, stage, mesh.tp, options) for stage in mine)

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.rms_norm import rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu
 from torch import Tensor, nn
@@ -26,12 +23,18 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.model.attention import SdarAttention, SelectedTokens, TokenLayout
+from megatron_sdar.model.batch import DeviceBatch
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.recomputation import not_kept
 from megatron_sdar.parallel.collectives import enter_parallel_region, leave_parallel_region
-from megatron_sdar.parallel.cross_entropy import VocabShard, vocab_parallel_cross_entropy
+from megatron_sdar.parallel.cross_entropy import (
+    VocabShard,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_token_losses,
+)
 from megatron_sdar.parallel.layers import (
     ColumnParallelLinear,
+    ParallelLinear,
     ReplicatedVector,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -54,40 +57,6 @@ class StageRange:
     is_last: bool
 
 
-@dataclass(frozen=True)
-class DeviceBatch:
-    """One micro-batch on the compute device; fields as in diffusion.rows.Row.
-
-    Attributes:
-        loss_positions, target_ids, loss_weights: [M], M at least 1; padded with entries of
-            weight 0 (see training.batch).
-        loss_scale: this micro-batch's factor in the step's loss (1 / global label count).
-        selected_mask: the mask of the queries at loss_positions; only the stage that trims its
-            last layer needs it.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    mask: AttentionMask
-    loss_positions: Tensor
-    target_ids: Tensor
-    loss_weights: Tensor
-    loss_scale: float
-    selected_mask: AttentionMask | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.input_ids.shape[0])
-
-    def at(self, positions: NDArray[np.int64]) -> DeviceBatch:
-        """The same tokens, but logits are wanted at these positions [M]; targets stay behind."""
-        return replace(
-            self,
-            loss_positions=torch.from_numpy(positions).to(self.input_ids.device),
-            selected_mask=self.mask.select(positions),
-        )
-
-
 class SdarMLP(nn.Module):
     """SwiGLU; returns this tp rank's partial sum."""
 
@@ -102,18 +71,18 @@ class SdarMLP(nn.Module):
         self.up_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.down_proj = RowParallelLinear(arch.intermediate_size, arch.hidden_size, tp, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
         """[T, D], or [T / tp, D] under sequence parallelism, to a partial sum [T, D].
 
         Collectives: see `column_parallel_projections`.
         """
-        weights = (self.gate_proj.product(), self.up_proj.product())
+        weights = [proj.product(dropout_seed) for proj in (self.gate_proj, self.up_proj)]
         group, split = self.tp.get_group(), self.sequence_parallel
         gate, up = column_parallel_projections(x, weights, group, split)
         activated = swiglu(gate, up, self.fused_kernels)
         skipped = (activated, lambda: swiglu(gate, up, self.fused_kernels))
         with not_kept(skipped) if self.recompute == "selective" else nullcontext():
-            return self.down_proj(activated)
+            return self.down_proj(activated, dropout_seed)
 
 
 class SdarDecoderLayer(nn.Module):
@@ -162,7 +131,7 @@ class SdarDecoderLayer(nn.Module):
             x = self._attend_selected(x, layout, selected)
         normed, skipped = self._normed(x, self.post_attention_layernorm)
         with skipped:
-            out = self.mlp(normed)
+            out = self.mlp(normed, layout.dropout_seed)
         return x + leave_parallel_region(out, group, split)
 
     def _normed(
@@ -226,7 +195,12 @@ class SdarBody(nn.Module):
 
 
 class SdarStage(nn.Module):
-    """One pipeline stage, built on the meta device (see model.weights for filling it)."""
+    """One pipeline stage, built on the meta device (see model.weights for filling it).
+
+    Attributes:
+        trained_before: an earlier stage has trained weights, so it wants this one's gradient.
+        learns: this stage or an earlier one has trained weights, so a backward runs here.
+    """
 
     def __init__(
         self, arch: Architecture, stage: StageRange, tp: DeviceMesh, options: ModelOptions
@@ -246,6 +220,20 @@ class SdarStage(nn.Module):
                 arch.hidden_size, options.padded_vocab_size, tp, options.dtype
             )
         self.tie_weights()
+        self._adapt()
+        self.trained_before = not stage.is_first and options.finetuning.trains_before(stage.start)
+        self.learns = self.trained_before or any(p.requires_grad for p in self.parameters())
+
+    def _adapt(self) -> None:
+        """Add the low-rank updates, and freeze what is not trained."""
+        finetuning = self.options.finetuning
+        if finetuning.lora is not None:
+            for name, module in self.named_modules():
+                if name.split(".")[-1] in finetuning.lora.targets:
+                    assert isinstance(module, ParallelLinear), f"{name} is a target (validated)"
+                    module.adapt(finetuning.lora, name)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(finetuning.trains(name))
 
     def tie_weights(self) -> None:
         """Share embedding and head where one stage owns both ends of a tied model.
@@ -270,7 +258,9 @@ class SdarStage(nn.Module):
         Returns:
             Hidden states, or on the last stage the micro-batch's share of the step's loss, which
             is the start of backward as it is: if the head holds a gradient and gradients are
-            enabled, forward has added this micro-batch's to it already.
+            enabled, forward has added this micro-batch's to it already. Of a batch that says
+            per_token: [2, M], the cross-entropies, and 1 where the target is the most probable
+            token; without gradients.
         """
         if self.stage.is_first:
             x = self.model.embed_tokens(batch.input_ids)
@@ -280,7 +270,7 @@ class SdarStage(nn.Module):
         cos, sin = rotary_tables(
             batch.position_ids, self.arch.head_dim, self.arch.rope_theta, x.dtype
         )
-        layout = TokenLayout(batch.mask, cos, sin)
+        layout = TokenLayout(batch.mask, cos, sin, batch.dropout_seed)
         layers = self.model.layers.values()
         for layer, selected in zip(layers, self._selections(batch, layout), strict=True):
             x = layer(x, layout, selected)
@@ -292,8 +282,13 @@ class SdarStage(nn.Module):
         head = self.lm_head.weight
         if return_logits:
             return F.linear(x_MD, local_weight(head))[:, : self.vocab_shard.num_valid]
+        if batch.per_token:
+            return vocab_parallel_token_losses(
+                x_MD, local_weight(head), batch.target_ids, self.vocab_shard, self.fused_kernels
+            )
         # A step's later micro-batches add to the head's gradient, the largest of all, in place.
-        held = held_gradient(head) if torch.is_grad_enabled() else None
+        # If all in front of the head is frozen, backward must begin at the head itself.
+        held = held_gradient(head) if x_MD.requires_grad else None
         sums = held is not None and held.dtype.itemsize >= 4
         return vocab_parallel_cross_entropy(
             x_MD,

@@ -45,8 +45,9 @@ class ShardedAdamW:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        filled = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            filled or [{"params": [torch.zeros(0)]}],  # a pipeline stage with nothing to train
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,

@@ -43,8 +43,9 @@ def lr_multiplier(
     """Return the factor on the peak learning rate at `step` (0-based).
 
     `kwargs` are transformers' arguments of the schedule. `learning_rate`, the peak, is needed
-    by the schedules with an absolute floor only: polynomial (lr_end) and cosine_with_min_lr
-    with min_lr. ValueError names an unknown schedule or argument and the ones that exist.
+    by the schedules with an absolute floor only: polynomial (lr_end) and cosine_with_min_lr or
+    cosine_warmup_with_min_lr with min_lr. ValueError names an unknown schedule or argument and
+    the ones that exist.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"lr_scheduler_type: {name!r} is unknown; use {', '.join(_SCHEDULES)}")
@@ -102,24 +103,43 @@ def _cosine_with_restarts(span: _Span, num_cycles: int = 1) -> float:
     return max(0.0, _half_cosine((num_cycles * span.progress) % 1.0))
 
 
+def _floor(span: _Span, name: str, min_lr: float | None, min_lr_rate: float | None) -> float:
+    """The least multiplier, given absolutely or as a share of the peak."""
+    if min_lr is not None and min_lr_rate is None:
+        return min_lr / span.peak("min_lr")
+    if min_lr is None and min_lr_rate is not None:
+        return min_lr_rate
+    raise ValueError(f"lr_scheduler_kwargs: {name} needs exactly one of min_lr and min_lr_rate")
+
+
 def _cosine_with_min_lr(
     span: _Span,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
 ) -> float:
-    if min_lr is not None and min_lr_rate is None:
-        floor = min_lr / span.peak("min_lr")
-    elif min_lr is None and min_lr_rate is not None:
-        floor = min_lr_rate
-    else:
-        raise ValueError(
-            "lr_scheduler_kwargs: cosine_with_min_lr needs exactly one of min_lr and min_lr_rate"
-        )
+    floor = _floor(span, "cosine_with_min_lr", min_lr, min_lr_rate)
     if span.step < span.warmup:
         return _ramp(span)
     factor = _half_cosine(num_cycles * 2.0 * span.progress)
     return max(0.0, factor * (1 - floor) + floor)
+
+
+def _cosine_warmup_with_min_lr(
+    span: _Span,
+    num_cycles: float = 0.5,
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
+    warmup_lr_rate: float | None = None,
+) -> float:
+    """As the one above, but warm-up starts above 0 and everything comes a step earlier."""
+    floor = _floor(span, "cosine_warmup_with_min_lr", min_lr, min_lr_rate)
+    if span.step < span.warmup:
+        if warmup_lr_rate is None:
+            return (span.step + 1) / span.warmup
+        return warmup_lr_rate + (1 - warmup_lr_rate) * span.step / max(1, span.warmup - 1)
+    progress = (span.step - span.warmup + 1) / max(1, span.total - span.warmup)
+    return max(0.0, _half_cosine(num_cycles * 2.0 * progress) * (1 - floor) + floor)
 
 
 def _polynomial(span: _Span, lr_end: float = 1e-7, power: float = 1.0) -> float:
@@ -197,5 +217,6 @@ _SCHEDULES: Mapping[str, Callable[..., float]] = {
     "polynomial": _polynomial,
     "inverse_sqrt": _inverse_sqrt,
     "cosine_with_min_lr": _cosine_with_min_lr,
+    "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr,
     "warmup_stable_decay": _warmup_stable_decay,
 }

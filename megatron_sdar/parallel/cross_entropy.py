@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from sdar_kernels.linear_cross_entropy import ALONE, Reductions, linear_cross_entropy
+from sdar_kernels.linear_cross_entropy import (
+    ALONE,
+    Reductions,
+    linear_cross_entropy,
+    linear_token_losses,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -74,6 +79,24 @@ def vocab_parallel_cross_entropy(
         reductions=_reductions(shard.tp),
         chunk_tokens=chunk_tokens,
         weight_grad_sum=weight_grad_sum,
+        impl=impl,
+    )
+
+
+def vocab_parallel_token_losses(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, shard: VocabShard, impl: str = "torch"
+) -> Tensor:
+    """[2, M]: every position's cross-entropy, and 1 where its target is the most probable token.
+
+    Arguments and collectives as in `vocab_parallel_cross_entropy`; no gradients.
+    """
+    return linear_token_losses(
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        first_token=shard.start,
+        num_valid=shard.num_valid,
+        reductions=_reductions(shard.tp),
         impl=impl,
     )
 

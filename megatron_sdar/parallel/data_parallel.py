@@ -52,13 +52,30 @@ def is_data_parallel(stage: nn.Module) -> bool:
     return isinstance(stage, FSDPModule)
 
 
-def mark_backward(stage: nn.Module, is_last: bool, strategy: str) -> None:
+def free_gathered(stage: nn.Module) -> None:
+    """Hold shards only again, as the optimizer and checkpoints want, after a forward alone.
+
+    In training the backward does that.
+    """
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def mark_backward(stage: nn.Module, is_last: bool, strategy: str, runs: bool = True) -> None:
     """Tell FSDP what the coming backward does with gradients and gathered weights.
+
+    Args:
+        runs: False for a stage that has nothing to train: its weights are given back here.
 
     `optim_grads_params` reduces after every micro-batch, so that no rank ever holds whole
     gradients. The other strategies accumulate locally and reduce once, in the stage's last
     backward of the step: less communication, but whole gradients live until then.
     """
+    if not runs:
+        if is_last:
+            free_gathered(stage)
+        return
     if isinstance(stage, FSDPModule):
         reduces = is_last or strategy == "optim_grads_params"
         stage.set_is_last_backward(reduces)

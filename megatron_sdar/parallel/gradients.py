@@ -90,4 +90,5 @@ def global_grad_norm(
 
 def scale_gradients(gradients: Mapping[str, Tensor], factor: float) -> None:
     """Multiply all gradients by a number, in place."""
-    torch._foreach_mul_(list(gradients.values()), factor)
+    if gradients:  # a pipeline stage may have nothing to train
+        torch._foreach_mul_(list(gradients.values()), factor)

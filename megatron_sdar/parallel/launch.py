@@ -53,6 +53,16 @@ def gather_from_all(value: Result, mesh: ParallelMesh) -> list[Result]:
     return values
 
 
+def gather_from_world(value: Result) -> list[Result]:
+    """Every rank's value, by rank, where there is no mesh at hand; small and picklable.
+
+    Collective: all_gather_object (world).
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def leave_together(message: str, launch: LaunchInfo) -> NoReturn:
     """Print the error once and exit with code 1 on every rank.
 

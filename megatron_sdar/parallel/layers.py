@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megatron_sdar.parallel.collectives import leave_parallel_region
 from megatron_sdar.parallel.local_weights import ProductWeight, local_weight, lookup
+from megatron_sdar.parallel.lora import Dropout, LoraOptions, LowRankUpdate
 from megatron_sdar.parallel.projections import project
 from megatron_sdar.parallel.sharding import local_tensor
 
@@ -37,37 +38,99 @@ def sharded_parameter(
     return nn.Parameter(weight)
 
 
-class ColumnParallelLinear(nn.Module):
+class LowRankFactor(nn.Module):
+    """One factor of a weight's low-rank update.
+
+    Args:
+        grad_partial_over_tp: True for a factor that every tp rank holds whole.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], tp: DeviceMesh, placement: Placement, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.grad_partial_over_tp = placement.is_replicate()
+        self.weight = sharded_parameter(shape, tp, placement, dtype)
+
+
+class ParallelLinear(nn.Module):
+    """A weight W [out, in] on the tp axis, maybe with a low-rank update beside it (see lora).
+
+    Args:
+        placement: of the weight.
+        rows: those of the local shard that this rank multiplies with; None: all.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        tp: DeviceMesh,
+        placement: Placement,
+        dtype: torch.dtype,
+        rows: slice | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.placement = placement
+        self.rows = rows
+        self.lora: LoraOptions | None = None
+        self.weight = sharded_parameter(shape, tp, placement, dtype)
+
+    def adapt(self, lora: LoraOptions, name: str) -> None:
+        """Add a low-rank update; on the meta device as the weight is.
+
+        Args:
+            name: of this layer in the whole model, which tells its dropout from others'.
+        """
+        (out_features, in_features), dtype = self.weight.shape, self.weight.dtype
+        splits_input = self.placement == Shard(1)
+        down, up = (Shard(1), Replicate()) if splits_input else (Replicate(), self.placement)
+        own_columns = in_features // self.tp.size() if splits_input else 0
+        self.lora, self.name = lora, name
+        self.first_column = own_columns * self.tp.get_local_rank()
+        self.lora_A = LowRankFactor((lora.rank, in_features), self.tp, down, dtype)
+        self.lora_B = LowRankFactor((out_features, lora.rank), self.tp, up, dtype)
+
+    def product(self, dropout_seed: int | None = None) -> ProductWeight:
+        """This rank's rows of W and its update, to be multiplied with (see projections).
+
+        Args:
+            dropout_seed: of the micro-batch; None: nothing is dropped.
+        """
+        return ProductWeight(self.weight, self.rows, self._update(dropout_seed))
+
+    def _update(self, dropout_seed: int | None) -> LowRankUpdate | None:
+        if self.lora is None:
+            return None
+        dropout = None
+        if dropout_seed is not None and self.lora.dropout > 0:
+            dropout = Dropout.of(self.lora.dropout, dropout_seed, self.name, self.first_column)
+        up = ProductWeight(self.lora_B.weight, self.rows)
+        return LowRankUpdate(ProductWeight(self.lora_A.weight), up, self.lora.scale, dropout)
+
+    def forward(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
+        return project(x, self.product(dropout_seed))
+
+
+class ColumnParallelLinear(ParallelLinear):
     """y = x W^T with W [out, in] split over out: local y [..., out / tp]."""
 
     def __init__(
         self, in_features: int, out_features: int, tp: DeviceMesh, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.weight = sharded_parameter((out_features, in_features), tp, Shard(0), dtype)
-
-    def product(self) -> ProductWeight:
-        """This rank's rows of W, to be multiplied with (see projections)."""
-        return ProductWeight(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.product())
+        super().__init__((out_features, in_features), tp, Shard(0), dtype)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """y = x W^T with W [out, in] split over in: local y is a partial sum over tp."""
 
     def __init__(
         self, in_features: int, out_features: int, tp: DeviceMesh, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.weight = sharded_parameter((out_features, in_features), tp, Shard(1), dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, ProductWeight(self.weight))
+        super().__init__((out_features, in_features), tp, Shard(1), dtype)
 
 
-class ReplicatedHeadLinear(nn.Module):
+class ReplicatedHeadLinear(ParallelLinear):
     """Projection to fewer heads than tp ranks: W is replicated, each rank uses one head.
 
     Rank r computes head r * num_heads // tp, the one its query heads read. The weight's
@@ -79,19 +142,10 @@ class ReplicatedHeadLinear(nn.Module):
     def __init__(
         self, in_features: int, num_heads: int, head_dim: int, tp: DeviceMesh, dtype: torch.dtype
     ) -> None:
-        super().__init__()
         assert tp.size() % num_heads == 0, "heads must divide tp (validated)"
         head = tp.get_local_rank() * num_heads // tp.size()
-        self.rows = slice(head * head_dim, (head + 1) * head_dim)
-        shape = (num_heads * head_dim, in_features)
-        self.weight = sharded_parameter(shape, tp, Replicate(), dtype)
-
-    def product(self) -> ProductWeight:
-        """The rows of this rank's head."""
-        return ProductWeight(self.weight, self.rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.product())
+        rows = slice(head * head_dim, (head + 1) * head_dim)
+        super().__init__((num_heads * head_dim, in_features), tp, Replicate(), dtype, rows)
 
 
 class ReplicatedVector(nn.Module):
@@ -146,9 +200,9 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def partial_gradient_names(module: nn.Module) -> set[str]:
-    """Names of parameters whose gradients must be summed over tp once per step."""
+    """Names of trained parameters whose gradients must be summed over tp once per step."""
     return {
         f"{name}.weight"
         for name, child in module.named_modules()
-        if getattr(child, "grad_partial_over_tp", False)
+        if getattr(child, "grad_partial_over_tp", False) and child.weight.requires_grad
     }

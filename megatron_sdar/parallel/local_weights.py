@@ -10,7 +10,7 @@ FSDP finds gradients where it looks for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from megatron_sdar.parallel.sharding import local_tensor
+
+if TYPE_CHECKING:
+    from megatron_sdar.parallel.lora import LowRankUpdate
 
 
 def held_gradient(weight: Tensor) -> Tensor | None:
@@ -93,10 +96,19 @@ class ProductWeight:
     Attributes:
         parameter: DTensor (or a plain tensor, which is its own shard), local shard [columns, D].
         rows: those of the local shard that are used; None: all.
+        update: what is added to the parameter in products; None: nothing.
     """
 
     parameter: Tensor
     rows: slice | None = None
+    update: LowRankUpdate | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What has a gradient: the parameter and the factors of its update."""
+        if self.update is None:
+            return (self.parameter,)
+        return (self.parameter, self.update.down.parameter, self.update.up.parameter)
 
     def local(self) -> Tensor:
         """What is multiplied with, outside of autograd: [used rows, D]."""

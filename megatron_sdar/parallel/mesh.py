@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -46,7 +47,7 @@ class ParallelMesh:
         pipeline_groups: None when the pipeline has one stage.
         tied_group: first and last pipeline stage of this rank's pipeline, or None.
         control: the world on gloo with a very long timeout, for waiting while rank 0 does
-            lengthy work alone (tokenising, exporting).
+            lengthy work alone (tokenising, exporting) and for writing checkpoints.
     """
 
     device_mesh: DeviceMesh
@@ -94,6 +95,10 @@ class ParallelMesh:
     @property
     def dp_rank(self) -> int:
         return self.dp.get_local_rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
 
     @property
     def is_main(self) -> bool:
@@ -179,6 +184,17 @@ def build_mesh(
     return ParallelMesh(mesh, dp_mesh, device, pipeline_groups, tied_group, control)
 
 
+def mesh_for_thread(mesh: ParallelMesh) -> ParallelMesh:
+    """The same mesh with a control group of its own, for work of a second thread.
+
+    Two threads that used one group would take each other's messages. The second thread must keep
+    to `control`.
+
+    Runs a collective: creates a process group, so every rank must call it.
+    """
+    return replace(mesh, control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
 def _group_per_row(rows: list[list[int]]) -> dist.ProcessGroup | None:
     """Make one group per row of ranks; returns the one this rank is in."""
     group, _ = dist.new_subgroups_by_enumeration(rows)
@@ -190,6 +206,11 @@ def _own_group(rows: list[list[int]]) -> dist.ProcessGroup:
     group = _group_per_row(rows)
     assert group is not None, "every rank is in one row"
     return group
+
+
+def place_in_world() -> tuple[int, int]:
+    """This rank and the number of ranks."""
+    return dist.get_rank(), dist.get_world_size()
 
 
 def stop_process_group() -> None:
@@ -208,9 +229,15 @@ def sum_over_data_parallel(value: float, mesh: ParallelMesh) -> float:
 
     Collective: all_reduce (dp).
     """
-    total = torch.tensor(value, dtype=torch.float64, device=mesh.device)
+    (total,) = sums_over_data_parallel([value], mesh)
+    return total
+
+
+def sums_over_data_parallel(values: Sequence[float], mesh: ParallelMesh) -> list[float]:
+    """Sums of several host numbers at once, see `sum_over_data_parallel`."""
+    total = torch.tensor(values, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total, group=mesh.dp.get_group())
-    return total.item()
+    return [float(value) for value in total.tolist()]
 
 
 def sum_over_world(value: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class ActivationFormat:
     dtype: torch.dtype
 
 
-class _Channel:
+class Channel:
     """Where one local chunk's inputs come from and its outputs go to."""
 
     def __init__(self, mesh: ParallelMesh, chunk: int, num_chunks: int) -> None:
@@ -64,6 +64,8 @@ class PipelineExecutor:
         mesh: the rank grid.
         activation: format of what passes between stages.
         before_backward: called with (chunk, is_last_of_step) before each backward.
+        passes_gradients: by chunk, whether the stage before it wants a gradient; default: all.
+            A stage whose output has none runs no backward: nothing up to it is trained.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class PipelineExecutor:
         mesh: ParallelMesh,
         activation: ActivationFormat,
         before_backward: Callable[[int, bool], None],
+        passes_gradients: Sequence[bool] | None = None,
     ) -> None:
         self.chunks = chunks
         self.mesh = mesh
         self.activation = activation
         self.before_backward = before_backward
-        self.channels = [_Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
+        self.passes_gradients = passes_gradients or [True] * len(chunks)
+        self.channels = [Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
         if mesh.pipeline_groups is not None:
             connect(mesh, mesh.pipeline_groups)
 
@@ -114,7 +118,7 @@ class PipelineExecutor:
             if self.channels[action.chunk].has_next:
                 channel = self.channels[action.chunk]
                 sent = output.detach().contiguous()
-                sends.append(_send(sent, channel.next_rank, channel.send_activation))
+                sends.append(start_send(sent, channel.next_rank, channel.send_activation))
             else:
                 total = total + output.detach().sum()
             inputs[key], outputs[key] = hidden, output
@@ -126,9 +130,9 @@ class PipelineExecutor:
         channel = self.channels[action.chunk]
         if not channel.has_previous:
             return None
-        hidden = self._buffer(batch)
+        hidden = activation_buffer(batch, self.activation, self.mesh)
         dist.recv(hidden, src=channel.previous_rank, group=channel.receive_activation)
-        return hidden.requires_grad_()
+        return hidden.requires_grad_(self.passes_gradients[action.chunk])
 
     def _backward(
         self,
@@ -138,25 +142,31 @@ class PipelineExecutor:
         output: Tensor,
         sends: list[tuple[dist.Work, Tensor]],
     ) -> None:
+        if not output.requires_grad:
+            return
         channel = self.channels[action.chunk]
         upstream = None
         if channel.has_next:
-            upstream = self._buffer(batch)
+            upstream = activation_buffer(batch, self.activation, self.mesh)
             dist.recv(upstream, src=channel.next_rank, group=channel.receive_gradient)
         torch.autograd.backward(output, upstream)
-        if hidden is not None:
+        if hidden is not None and hidden.requires_grad:
             assert hidden.grad is not None, "the stage did not use its input"
             grad = hidden.grad.contiguous()
-            sends.append(_send(grad, channel.previous_rank, channel.send_gradient))
+            sends.append(start_send(grad, channel.previous_rank, channel.send_gradient))
 
-    def _buffer(self, batch: SizedBatch) -> Tensor:
-        split = self.activation.token_split
-        assert batch.num_tokens % split == 0, "row length is a multiple of tp (validated)"
-        return torch.empty(
-            (batch.num_tokens // split, self.activation.hidden_size),
-            dtype=self.activation.dtype,
-            device=self.mesh.device,
-        )
+
+def activation_buffer(
+    batch: SizedBatch, activation: ActivationFormat, mesh: ParallelMesh
+) -> Tensor:
+    """Uninitialised room for one micro-batch's hidden states between two stages."""
+    split = activation.token_split
+    assert batch.num_tokens % split == 0, "row length is a multiple of tp (validated)"
+    return torch.empty(
+        (batch.num_tokens // split, activation.hidden_size),
+        dtype=activation.dtype,
+        device=mesh.device,
+    )
 
 
 def connect(mesh: ParallelMesh, groups: PipelineGroups) -> None:
@@ -180,7 +190,7 @@ def connect(mesh: ParallelMesh, groups: PipelineGroups) -> None:
             dist.recv(token, src=ranks[source], group=group)
 
 
-def _send(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
+def start_send(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
     """Start a send; the tensor is returned with it to stay alive until it is done."""
     work = dist.isend(tensor, dst=rank, group=group)
     assert work is not None, "this rank is in the group it sends in"

@@ -45,3 +45,9 @@ def fill_local(parameter: DTensor, values: Tensor) -> None:
     """Copy `values` (the slice of the global tensor this rank holds) into the shard."""
     with torch.no_grad():
         parameter._local_tensor.copy_(values)
+
+
+def fill_rows(parameter: DTensor, rows: slice, values: Tensor) -> None:
+    """Copy `values` into these rows of the shard, counted from its start."""
+    with torch.no_grad():
+        parameter._local_tensor[rows].copy_(values)

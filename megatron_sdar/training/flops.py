@@ -1,24 +1,25 @@
 """Matrix-multiply FLOPs of a training step, counted exactly from its rows.
 
 What is counted is the work that the loss needs ("model FLOPs"): every product once forward and
-twice backward (for its input and for its weight), attention for allowed pairs only, the head for
-masked tokens only. Not counted: recomputed activations, the fifth product that flash attention's
-backward repeats, tiles that are computed and masked away, padding of the vocabulary, and
-everything that is no product (norms, softmax, optimizer). An add and a multiply are 2 FLOPs.
+twice backward (for its input and for its weight, as far as they have gradients), attention for
+allowed pairs only, the head for masked tokens only. Not counted: recomputed activations, the fifth
+product that flash attention's backward repeats, tiles that are computed and masked away, padding of
+the vocabulary, and everything that is no product (norms, softmax, optimizer). An add and a multiply
+are 2 FLOPs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.checkpoint.safetensors_files import volume
+from megatron_sdar.checkpoint.tensor_names import EMBEDDING, model_tensor_shapes
 from megatron_sdar.diffusion.rows import Row
-
-# Forward, and backward for input and weight.
-_PASSES = 3
+from megatron_sdar.model.finetuning import DOWN, EVERYTHING, UP, Finetuning
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,13 @@ class StepFlops:
         return self.projections + self.attention + self.mlp + self.head
 
 
-def step_flops(arch: Architecture, works: Iterable[RowWork], *, trimmed: bool) -> StepFlops:
+def step_flops(
+    arch: Architecture,
+    works: Iterable[RowWork],
+    *,
+    trimmed: bool,
+    finetuning: Finetuning = EVERYTHING,
+) -> StepFlops:
     """FLOPs of forward and backward of the rows of one optimizer step.
 
     Args:
@@ -79,24 +86,72 @@ def step_flops(arch: Architecture, works: Iterable[RowWork], *, trimmed: bool) -
         works: one per row; zeros for a step without rows.
         trimmed: the last layer computes keys and values for all T tokens, everything else for
             the M loss positions only (False: everything for all T).
+        finetuning: what is trained.
 
     Formulas, forward, D hidden, N and K heads of size H, I intermediate, V vocabulary:
     q and o 4 D N H, k and v 4 D K H, mlp 6 D I per token, attention 4 N H per pair, head 2 D V.
     """
-    hidden, layers = arch.hidden_size, arch.num_hidden_layers
-    query_size = arch.num_attention_heads * arch.head_dim
-    key_size = arch.num_key_value_heads * arch.head_dim
-    tokens = queries = pairs = positions = 0
-    for work in works:
-        last_queries = work.num_loss_positions if trimmed else work.num_tokens
-        last_pairs = work.num_loss_pairs if trimmed else work.num_pairs
-        tokens += layers * work.num_tokens
-        queries += (layers - 1) * work.num_tokens + last_queries
-        pairs += (layers - 1) * work.num_pairs + last_pairs
-        positions += work.num_loss_positions
-    return StepFlops(
-        projections=_PASSES * 4 * hidden * (query_size * queries + key_size * tokens),
-        attention=_PASSES * 4 * query_size * pairs,
-        mlp=_PASSES * 6 * hidden * arch.intermediate_size * queries,
-        head=_PASSES * 2 * hidden * arch.vocab_size * positions,
-    )
+    total = RowWork(*map(sum, zip((0, 0, 0, 0), *map(astuple, works), strict=True)))
+    walk = _Walk(finetuning, finetuning.adapted(model_tensor_shapes(arch)))
+    projections = attention = mlp = 0
+    for layer in range(arch.num_hidden_layers):
+        shortened = trimmed and layer == arch.num_hidden_layers - 1
+        tokens = total.num_tokens
+        queries = total.num_loss_positions if shortened else tokens
+        pairs = total.num_loss_pairs if shortened else total.num_pairs
+        name = f"model.layers.{layer}"
+        walk.passed(f"{name}.input_layernorm")
+        q, k, v, o = (f"{name}.self_attn.{part}_proj" for part in "qkvo")
+        projections += walk.product(queries, q) + walk.product(tokens, k, v)
+        walk.passed(q, k, v, f"{name}.self_attn.q_norm", f"{name}.self_attn.k_norm")
+        attention += walk.passes * 4 * arch.num_attention_heads * arch.head_dim * pairs
+        projections += walk.product(queries, o)
+        walk.passed(o, f"{name}.post_attention_layernorm")
+        gate, up, down = (f"{name}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+        mlp += walk.product(queries, gate, up)
+        walk.passed(gate, up)
+        mlp += walk.product(queries, down)
+        walk.passed(down)
+    walk.passed("model.norm")
+    return StepFlops(projections, attention, mlp, walk.product(total.num_loss_positions, "lm_head"))
+
+
+class _Walk:
+    """Goes through the model in the order of forward and knows what backward leaves out.
+
+    A frozen weight has no gradient, and in front of all that is trained nothing has one.
+    """
+
+    def __init__(self, finetuning: Finetuning, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._finetuning, self._shapes = finetuning, shapes
+        self._learns = finetuning.trains(EMBEDDING)
+
+    @property
+    def passes(self) -> int:
+        """How often a product without a weight is made: backward has two for its two factors."""
+        return 3 if self._learns else 1
+
+    def product(self, rows: int, *modules: str) -> int:
+        """FLOPs of so many rows times each of these weights, and their low-rank updates."""
+        total = 0
+        for module in modules:
+            for name in self._names(module):
+                if name not in self._shapes:
+                    continue
+                # Through its second factor an update's gradient goes in any case.
+                has_input_gradient = self._learns or name.endswith(f".{UP}.weight")
+                passes = 1 + has_input_gradient + self._finetuning.trains(name)
+                total += passes * 2 * rows * volume(self._shapes[name])
+        return total
+
+    def passed(self, *modules: str) -> None:
+        """What follows these modules needs an input gradient if any of them is trained."""
+        self._learns = self._learns or any(
+            name in self._shapes and self._finetuning.trains(name)
+            for module in modules
+            for name in self._names(module)
+        )
+
+    @staticmethod
+    def _names(module: str) -> tuple[str, ...]:
+        return tuple(f"{module}{factor}.weight" for factor in ("", f".{DOWN}", f".{UP}"))

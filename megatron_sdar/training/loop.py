@@ -1,81 +1,50 @@
-"""The training run: steps, logging, checkpoints, export, summary.
+"""The training run: steps, logging, evaluations, checkpoints, export, summary.
 
-State that must survive a restart is the step count, the loader's position and the sums behind
-the next log line; all of it is in the checkpoint's JSON. Everything else follows from the
-configuration.
+State that must survive a restart is the step count, the loader's position, the sums behind the
+next log line and what evaluated best; all of it is in the checkpoint's JSON. Everything else
+follows from the configuration.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sdar.architecture import Architecture
+from megatron_sdar.checkpoint.adapter_export import export_adapter
 from megatron_sdar.checkpoint.hf_export import export_hf
-from megatron_sdar.checkpoint.hf_import import load_hf_weights
-from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
-from megatron_sdar.checkpoint.run_directory import (
-    incomplete_checkpoints,
-    prune_checkpoints,
-    resolve_resume,
-)
-from megatron_sdar.config import SdarConfig
+from megatron_sdar.checkpoint.native import checkpoint_path
+from megatron_sdar.checkpoint.resumption import resume_candidates
+from megatron_sdar.checkpoint.run_directory import complete_checkpoints, incomplete_checkpoints
+from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
+from megatron_sdar.config import SdarConfig, to_flat_dict
 from megatron_sdar.data.loading.loader import RowLoader
-from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.model.weights import initialize
-from megatron_sdar.optim.schedules import lr_multiplier, resolve_warmup_steps
 from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel
-from megatron_sdar.training.data import (
-    describe_pack,
-    make_loader,
-    pack,
-    prepare_documents,
-    tokenizer_path,
-)
-from megatron_sdar.training.kernels import choose_kernels
-from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
+from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.training.best_model import make_best_model
+from megatron_sdar.training.checkpoints import CheckpointWriter, adapter_origin, resume
+from megatron_sdar.training.evaluation import SAMPLES_NAME, Evaluator
+from megatron_sdar.training.metrics import LOG_NAME, Reporter, trim_log
+from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
-from megatron_sdar.training.setup import make_stages, make_step
+from megatron_sdar.training.preparation import prepare, prepare_evaluator
+from megatron_sdar.training.results import (
+    EVAL_RESULTS_NAME,
+    TRAIN_RESULTS_NAME,
+    replace_json,
+    train_results,
+    write_results,
+)
+from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.step import StepResult, TrainingStep
-
-
-@dataclass
-class Interval:
-    """Sums since the last logged step."""
-
-    steps: int = 0
-    loss: float = 0.0
-    label_tokens: int = 0
-
-    def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self.loss += result.loss
-        self.label_tokens += result.label_tokens
-
-
-def total_steps(config: SdarConfig, loader: RowLoader, mesh: ParallelMesh) -> int:
-    """max_steps, or the steps that num_train_epochs passes take, rounded up.
-
-    The noise of all epochs decides how many rows they become, so every rank counts a part.
-
-    Collective: all_reduce (dp) unless max_steps is given.
-    """
-    if config.training.max_steps > 0:
-        return config.training.max_steps
-    share = loader.count_rows(config.training.num_train_epochs, mesh.dp_rank, mesh.dp_size)
-    rows = sum_over_data_parallel(share, mesh)
-    return max(1, math.ceil(round(rows / loader.rows_per_step, 6)))
-
-
-def steps_between(value: float, total: int) -> int:
-    """logging_steps or save_steps: a step count, or below 1 a fraction of all steps."""
-    return max(1, math.ceil(value * total) if value < 1 else int(value))
+from megatron_sdar.training.step_log import StepLog
+from megatron_sdar.training.summary import describe_run, summarize_run
+from megatron_sdar.training.trackers import open_trackers, wanted_trackers
+from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
 
 
 class TrainingRun:
@@ -94,7 +63,9 @@ class TrainingRun:
         self.output_dir = Path(config.training.output_dir)
         self.say: Callable[[str], None] = _print_line if mesh.is_main else _stay_quiet
         self.done = 0
-        self.interval = Interval()
+        self.damaged: tuple[Path, ...] = ()
+        self.adapter: AdapterOrigin | None = None
+        self.best = make_best_model(config)
         self.first_loss = self.last_loss = math.nan
 
     def run(self) -> None:
@@ -108,213 +79,242 @@ class TrainingRun:
         """
         started = time.monotonic()
         training = self.config.training
-        resume = run_on_main(self._choose_start, self.mesh)
-        documents = prepare_documents(self.config, self.mesh, self.say)
-        indexes = pack(self.config, self.arch, documents)
-        self.say(describe_pack(documents, indexes, self.config))
-        loader = make_loader(self.config, self.arch, self.mesh, documents, indexes)
-        kernels = choose_kernels(self.config, self.arch, self.mesh)
-        self.say(kernels.description)
-        stages = make_stages(self.config, self.arch, self.mesh, kernels)
-        if resume is None:
-            self._start_weights(stages)
-        step = make_step(self.config, self.arch, self.mesh, stages)
-        if resume is not None:
-            self._resume(resume, step, loader)
-        total = total_steps(self.config, loader, self.mesh)
-        self.say(self._describe(loader, total))
+        candidates = run_on_main(self._choose_start, self.mesh)
+        parts = prepare(self.config, self.arch, self.mesh, bool(candidates), self.say)
+        self.adapter = adapter_origin(self.config, self.arch, self.mesh)
+        step, loader = parts.step, parts.loader
+        log = StepLog(self.config, self.arch, self.mesh, loader)
+        resumed = self._resume(candidates, step, loader, log) if candidates else None
+        plan = make_plan(self.config, loader, self.mesh)
+        check_block_lengths(self.config, plan.total)
+        self.say(describe_run(self.config, self.mesh, loader, plan.total))
+        evaluator = prepare_evaluator(self.config, self.arch, self.mesh, parts, self.say)
+        epoch_before = loader.epoch
         try:
-            last_checkpoint = self._train(step, loader, total, resume)
+            last_checkpoint = self._train(step, loader, log, plan, evaluator, resumed)
         finally:
             loader.close()
+        if log.steps:
+            run_on_main(lambda: self._write_results(plan, loader, log, epoch_before), self.mesh)
+        exported = self._best_checkpoint() or last_checkpoint
         if training.export_hf:
-            run_on_main(lambda: self._export(last_checkpoint), self.mesh)
+            run_on_main(lambda: self._export(exported), self.mesh)
         if training.plot_loss:
             run_on_main(self._plot, self.mesh)
-        self.say(self._summary(total, time.monotonic() - started, last_checkpoint))
+        seconds, losses = time.monotonic() - started, (self.first_loss, self.last_loss)
+        self.say(
+            summarize_run(
+                self.config, self.done, seconds, losses, log, self.best, last_checkpoint, exported
+            )
+        )
 
-    def _choose_start(self) -> Path | None:
-        """Make output_dir; the checkpoint to resume from, None to start afresh (rank 0)."""
+    def _choose_start(self) -> list[Path]:
+        """Make output_dir; the checkpoints to resume from, best first (rank 0)."""
         training = self.config.training
+        wanted_trackers(self.config.reporting.report_to)  # refused here, not after preparations
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for line in incomplete_checkpoints(self.output_dir):
             self.say(f"passed over: {line}")
-        return resolve_resume(
+        return resume_candidates(
             self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir
         )
 
-    def _start_weights(self, stages: list[SdarStage]) -> None:
-        model = self.config.model
-        if model.train_from_scratch:
-            initialize(stages, self.config.training.seed)
-            self.say(f"weights: random (seed {self.config.training.seed})")
-        else:
-            report = load_hf_weights(
-                stages,
-                self.arch,
-                model.model_name_or_path,
-                model.mask_token_init,
-                seed=self.config.training.seed,
-            )
-            self.say(report.format())
-
-    def _resume(self, path: Path, step: TrainingStep, loader: RowLoader) -> None:
-        state = load_checkpoint(path, step.stages, step.optimizer)
-        self.done = int(state["step"])
+    def _resume(
+        self, candidates: list[Path], step: TrainingStep, loader: RowLoader, log: StepLog
+    ) -> Path:
+        resumed = resume(candidates, self.config.training, step, self.say, self.adapter)
+        state, self.damaged = own_state_of(resumed.state), resumed.damaged
+        self.done = int(resumed.state["step"])
         if "loader" in state:  # a checkpoint converted from a model directory has weights only
             loader.load_state_dict(state["loader"])
-            self.interval = Interval(**state["interval"])
+            log.load_state_dict(state["interval"])
             first_loss = state["first_loss"]
             self.first_loss = math.nan if first_loss is None else first_loss
-        self.say(f"resumed from {path}: step {self.done}, epoch {loader.epoch:.3f}")
+        if "best" in state:
+            self.best.load_state_dict(state["best"])
+            self._forget_lost_best()
+        self.say(f"resumed from {resumed.path}: step {self.done}, epoch {loader.epoch:.3f}")
+        return resumed.path
 
     def _train(
-        self, step: TrainingStep, loader: RowLoader, total: int, resumed: Path | None
+        self,
+        step: TrainingStep,
+        loader: RowLoader,
+        log: StepLog,
+        plan: StepPlan,
+        evaluator: Evaluator | None,
+        resumed: Path | None,
     ) -> Path:
         """Run the remaining steps; returns the last step's checkpoint."""
-        training, optim = self.config.training, self.config.optim
-        log_every = steps_between(training.logging_steps, total)
-        save_every = steps_between(training.save_steps, total)
-        warmup = resolve_warmup_steps(optim.warmup_steps, optim.warmup_ratio, total)
         checkpoint = resumed
-        if checkpoint is not None and self.done >= total:
-            self.say(f"step {self.done} of {total} is done already: nothing left to train")
+        if checkpoint is not None and (self.done >= plan.total or self.best.stops):
+            why = "" if self.done >= plan.total else " (early_stopping_steps)"
+            self.say(f"step {self.done} of {plan.total} is done{why}: nothing left to train")
             return checkpoint
-        run_on_main(lambda: trim_log(self.output_dir, self.done), self.mesh)
-        with self._reporting(total) as reporter:
-            logged_at, waited = time.monotonic(), loader.wait_seconds
-            while self.done < total:
-                lr = optim.learning_rate * lr_multiplier(
-                    optim.lr_scheduler_type,
-                    self.done,
-                    total,
-                    warmup,
-                    optim.lr_scheduler_kwargs,
-                    optim.learning_rate,
-                )
-                result = self._step(step, loader, lr)
+        run_on_main(self._trim_logs, self.mesh)
+        self.say(log.describe())
+        writer = CheckpointWriter(
+            self.config,
+            self.arch,
+            self.mesh,
+            step,
+            plan.saves_before_end(self.done),
+            self.damaged,
+            self.say,
+            self.adapter,
+            lambda: self.best.saved_step,
+        )
+        with self._reporting(plan.total) as reporter, writer:
+            if evaluator is not None and self.config.evaluation.eval_on_start and not self.done:
+                self._evaluate(evaluator, loader, reporter)
+            log.begin()
+            while self.done < plan.total and not self.best.stops:
+                lr = plan.learning_rate(self.done)
+                result = self._step(step, loader, lr, log)
                 self.done += 1
-                self.interval.add(result)
                 if reporter is not None:
                     reporter.advance(self.done)
-                if self.done % log_every == 0 or self.done == total:
-                    now = time.monotonic()
-                    if reporter is not None:
-                        waiting = loader.wait_seconds - waited
-                        reporter.log(self._record(result, lr, loader, now - logged_at, waiting))
-                    logged_at, waited = now, loader.wait_seconds
-                    self.interval = Interval()
-                periodic = training.save_strategy == "steps" and self.done % save_every == 0
-                if periodic or self.done == total:
-                    saving_at = time.monotonic()
-                    checkpoint = self._save(step, loader)
-                    logged_at += time.monotonic() - saving_at  # rates leave saving out
+                if plan.logs(self.done):
+                    self._log(log, reporter, result, lr)
+                if evaluator is not None and plan.evaluates(self.done):
+                    with log.paused():
+                        metrics = self._evaluate(evaluator, loader, reporter)
+                    self.best.update(self.done, metrics, plan.saves(self.done))
+                    if self.best.stops and not plan.logs(self.done):
+                        self._log(log, reporter, result, lr)  # the last step is always logged
+                if plan.saves(self.done) or self.best.stops:
+                    is_last = self.done == plan.total or self.best.stops
+                    with log.paused():
+                        state = self._state(plan, loader, log)
+                        checkpoint = writer.save(self.done, state, is_last)
         assert checkpoint is not None, "the last step is always saved"
         return checkpoint
 
     def _reporting(self, total: int) -> AbstractContextManager[Reporter | None]:
-        if self.mesh.is_main:
-            return Reporter(self.output_dir, total, self.done)
-        return nullcontext()
+        """The reporter, on rank 0. Collective: broadcast_object_list (world)."""
 
-    def _step(self, step: TrainingStep, loader: RowLoader, lr: float) -> StepResult:
+        def make() -> Reporter:
+            trackers = open_trackers(
+                self.config.reporting,
+                self.output_dir,
+                to_flat_dict(self.config),
+                self.done,
+                self.say,
+            )
+            return Reporter(self.output_dir, total, self.done, trackers)
+
+        made: list[Reporter] = []
+        run_on_main(lambda: made.append(make()), self.mesh)
+        return made[0] if made else nullcontext()
+
+    def _step(self, step: TrainingStep, loader: RowLoader, lr: float, log: StepLog) -> StepResult:
         position = loader.position
+        rows = loader.next_step()
         try:
-            result = step.run(loader.next_step(), lr)
+            result = step.run(rows, lr)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"step {self.done + 1} (rows {position} to {loader.position - 1} of the stream) "
                 f"is not finite: {error}; no weight was changed. Lower learning_rate, or resume "
                 "from an earlier checkpoint with another seed"
             ) from error
+        log.add(rows, result)
         if math.isnan(self.first_loss):
             self.first_loss = result.loss
         self.last_loss = result.loss
         return result
 
-    def _record(
-        self, result: StepResult, lr: float, loader: RowLoader, seconds: float, waiting: float
-    ) -> StepRecord:
-        steps = self.interval.steps
-        positions = loader.row_length * loader.rows_per_step * steps
-        return StepRecord(
-            step=self.done,
-            loss=self.interval.loss / steps,
-            grad_norm=result.grad_norm,
-            lr=lr,
-            epoch=loader.epoch,
-            label_tokens_per_s=self.interval.label_tokens / seconds,
-            row_tokens_per_s=positions / seconds,
-            data_wait_share=waiting / seconds,
-        )
+    def _log(self, log: StepLog, reporter: Reporter | None, result: StepResult, lr: float) -> None:
+        """Collective: all_reduce (dp)."""
+        record = log.record(self.done, result, lr)
+        if reporter is not None:
+            reporter.log(record)
 
-    def _save(self, step: TrainingStep, loader: RowLoader) -> Path:
-        state: dict[str, Any] = {
-            "step": self.done,
+    def _evaluate(
+        self, evaluator: Evaluator, loader: RowLoader, reporter: Reporter | None
+    ) -> dict[str, float]:
+        if reporter is None:
+            return evaluator.run(self.done, lambda rows: None)
+        with reporter.evaluating(evaluator.num_rows) as advance:
+            metrics = evaluator.run(self.done, advance)
+        reporter.log_evaluation(self.done, loader.epoch, metrics)
+        write_results(self.output_dir, EVAL_RESULTS_NAME, {"epoch": loader.epoch, **metrics})
+        return metrics
+
+    def _best_checkpoint(self) -> Path | None:
+        """The one that load_best_model_at_end asks for."""
+        if not self.config.evaluation.load_best_model_at_end or self.best.saved_step is None:
+            return None
+        return checkpoint_path(self.output_dir, self.best.saved_step)
+
+    def _forget_lost_best(self) -> None:
+        """Only what lies in output_dir can be exported; a resume may have come from elsewhere.
+
+        Collective: broadcast_object_list (world), with load_best_model_at_end.
+        """
+        path = self._best_checkpoint()
+        if path is None or run_on_main(
+            lambda: path in complete_checkpoints(self.output_dir), self.mesh
+        ):
+            return
+        self.say(f"{path}, the best so far, is not there: the best from now on will be exported")
+        self.best.forget_saved()
+
+    def _trim_logs(self) -> None:
+        for name in (LOG_NAME, SAMPLES_NAME):
+            trim_log(self.output_dir / name, self.done)
+
+    def _state(self, plan: StepPlan, loader: RowLoader, log: StepLog) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors; empty but on rank 0, which writes it.
+
+        Collectives: all_reduce (dp), broadcast_object_list (world).
+        """
+        own = {
             "loader": loader.state_dict(),
-            "interval": vars(self.interval),
+            "interval": log.state_dict(),
             "first_loss": self.first_loss,
+            "best": self.best.state_dict(),
         }
-        training = self.config.training
-        path = save_checkpoint(
-            self.output_dir,
-            self.done,
-            step.stages,
-            None if training.save_only_model else step.optimizer,
-            state,
-            self.config,
-            self.arch,
-            self.mesh,
-            [self.config.model.model_name_or_path, tokenizer_path(self.config)],
+        state: dict[str, Any] = {}
+        run_on_main(lambda: state.update(self._trainer_state(plan, loader, log, own)), self.mesh)
+        return state
+
+    def _trainer_state(
+        self, plan: StepPlan, loader: RowLoader, log: StepLog, own: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        best, flops = self.best, log.total_flops
+        return trainer_state(self.config, plan, loader, best, self.done, flops, own)
+
+    def _write_results(
+        self, plan: StepPlan, loader: RowLoader, log: StepLog, epoch_before: float
+    ) -> None:
+        rows = (loader.epoch - epoch_before) * loader.num_rows
+        effective = None
+        if self.config.reporting.include_effective_tokens_per_second:
+            effective = rows * self.config.data.cutoff_len / self.mesh.world_size
+        results = train_results(
+            epoch=loader.epoch,
+            train_loss=log.loss / log.steps,
+            seconds=log.logged.seconds,
+            rows=rows,
+            steps=log.steps,
+            flops=log.logged.work.flops,
+            effective_tokens=effective,
         )
-        if training.save_total_limit is not None:
-            limit = training.save_total_limit
-            run_on_main(lambda: prune_checkpoints(self.output_dir, limit), self.mesh)
-        return path
+        write_results(self.output_dir, TRAIN_RESULTS_NAME, results)
+        state = self._trainer_state(plan, loader, log, None)
+        replace_json(self.output_dir / TRAINER_STATE_NAME, state)
 
     def _export(self, checkpoint: Path) -> None:
-        self.say(export_hf(checkpoint, self.output_dir, into_existing=True).format())
+        export = export_hf if self.adapter is None else export_adapter
+        self.say(export(checkpoint, self.output_dir, into_existing=True).format())
 
     def _plot(self) -> None:
         plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
 
-    def _describe(self, loader: RowLoader, total: int) -> str:
-        mesh, parallel = self.mesh, self.config.parallel
-        rows = total * loader.rows_per_step
-        lines = [
-            f"layout: tp {mesh.tp_size} x pp {mesh.pp_size} x dp {mesh.dp_size}"
-            f" (vpp {parallel.virtual_pipeline_model_parallel_size},"
-            f" {parallel.data_parallel_sharding_strategy}); "
-            f"{loader.rows_per_step} rows of {loader.row_length} tokens per step, {total} steps, "
-            f"{rows * loader.packed_rows_per_row / loader.num_rows:.2f} epochs"
-        ]
-        if loader.grouped is not None:
-            lines.append(
-                f"exact savings: {loader.packed_rows_per_row:.2f} rows of "
-                f"{self.config.data.cutoff_len} document tokens fit in one "
-                "(semantics: paper has room for 1)"
-            )
-        return "\n".join(lines)
-
-    def _summary(self, total: int, seconds: float, checkpoint: Path) -> str:
-        losses = "nothing was left to train"
-        if math.isfinite(self.last_loss):
-            losses = f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}"
-        lines = [
-            "",
-            f"done: {total} steps, {seconds:.0f} s; {losses}",
-            f"  checkpoint        {checkpoint}",
-            f"  log               {self.output_dir / LOG_NAME}",
-        ]
-        if self.config.training.plot_loss:
-            lines.append(f"  loss plot         {self.output_dir / 'training_loss.png'}")
-        if self.config.training.export_hf:
-            lines.append(f"  HF model          {self.output_dir} (config.json, safetensors)")
-        return "\n".join(lines)
-
 
 def _print_line(text: str) -> None:
-    print(text, flush=True)
+    print(text + "\n", end="", flush=True)  # in one piece: a save's thread prints too
 
 
 def _stay_quiet(text: str) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +27,20 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from megatron_sdar.training.plot import read_log
+from megatron_sdar.training.trackers import Trackers
+from megatron_sdar.training.work_meter import WorkCounts
 
 LOG_NAME = "trainer_log.jsonl"
+
+Advance = Callable[[int], None]
+# What trackers plot; the rest of a record counts and names.
+_TRACKED = (
+    "loss", "grad_norm", "lr", "epoch", "label_tokens_per_s", "row_tokens_per_s",
+    "data_wait_share", "memory_mb", "mfu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,10 @@ class StepRecord:
         label_tokens_per_s: answer tokens trained per second.
         row_tokens_per_s: all positions computed per second, noisy, clean and padding.
         data_wait_share: fraction of the time spent waiting for rows.
+        work: tokens computed since the previous record, and their FLOPs.
+        left_out: tokens that the published form of these documents has and exact left out.
+        mfu: model FLOPs per second over the peak; None: not reported.
+        memory_mb: the most memory that this process has held, MiB.
     """
 
     step: int
@@ -51,21 +68,38 @@ class StepRecord:
     label_tokens_per_s: float
     row_tokens_per_s: float
     data_wait_share: float
+    work: WorkCounts
+    left_out: int
+    mfu: float | None
+    memory_mb: float
 
 
-def trim_log(output_dir: Path, start_step: int) -> None:
-    """Keep the log's records up to `start_step`; a fresh run (0) starts an empty log.
+def trim_log(path: Path, start_step: int) -> None:
+    """Keep a JSONL file's records up to `start_step`; a fresh run (0) starts an empty one.
 
     Raises:
-        ValueError, OSError: the log is damaged, or cannot be written.
+        ValueError, OSError: the file is damaged, or cannot be written.
     """
-    path = output_dir / LOG_NAME
     kept = []
     if start_step and path.exists():
+        # What is logged before the first step belongs to the run that a fresh start replaces.
         kept = [record for record in read_log(path) if record["step"] <= start_step]
+    if not kept and not path.exists():
+        return
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+class TrainingProgress(Progress):
+    """Bars, and below them what the last logged step said, in as many lines as it takes."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.status:
+            yield Text("  " + self.status, style="dim")
 
 
 class Reporter:
@@ -75,32 +109,45 @@ class Reporter:
         output_dir: where trainer_log.jsonl lies.
         total_steps: last step of the run.
         start_step: steps already done (resume).
+        trackers: hear of every record.
+        console: where to show; default: stdout.
+        clock: the time in seconds.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        start_step: int,
+        trackers: Trackers,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._trackers = trackers
         self.log_path = output_dir / LOG_NAME
         self.total_steps = total_steps
         self.start_step = start_step
-        self.started = time.monotonic()
+        self._now = clock
+        self.started = clock()
         self._log: TextIO | None = None
-        self._console = Console()
-        self._progress: Progress | None = None
+        self._console = console or Console()
+        self._progress: TrainingProgress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Reporter:
         self._log = self.log_path.open("a", encoding="utf-8")
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
+            self._progress = TrainingProgress(
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
+                get_time=self._now,
             )
             self._task = self._progress.add_task(
-                "training", total=self.total_steps, completed=self.start_step, status=""
+                "training", total=self.total_steps, completed=self.start_step
             )
             self._progress.start()
         return self
@@ -115,6 +162,7 @@ class Reporter:
             self._progress.stop()
         if self._log is not None:
             self._log.close()
+        self._trackers.close()
 
     def advance(self, step: int) -> None:
         """Move the bar; called every step."""
@@ -123,11 +171,10 @@ class Reporter:
 
     def log(self, record: StepRecord) -> None:
         """Append a record and show it."""
-        assert self._log is not None, "the reporter is entered"
-        elapsed = time.monotonic() - self.started
+        elapsed = self._now() - self.started
         done = record.step - self.start_step
         remaining = elapsed / done * (self.total_steps - record.step)
-        line = {
+        line: dict[str, Any] = {
             "step": record.step,
             "loss": record.loss,
             "grad_norm": record.grad_norm,
@@ -141,21 +188,82 @@ class Reporter:
             "label_tokens_per_s": round(record.label_tokens_per_s, 1),
             "row_tokens_per_s": round(record.row_tokens_per_s, 1),
             "data_wait_share": round(record.data_wait_share, 6),
+            "noisy_tokens": record.work.noisy,
+            "clean_tokens": record.work.clean,
+            "padding_tokens": record.work.padding,
+            "left_out_tokens": record.left_out,
+            "memory_mb": round(record.memory_mb, 1),
         }
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        if record.mfu is not None:
+            line["mfu"] = round(record.mfu, 6)
+        self._write(line)
+        self._trackers.log(
+            record.step, {f"train/{name}": line[name] for name in _TRACKED if name in line}
+        )
         status = (
             f"loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.lr:.2e}  "
-            f"{record.label_tokens_per_s:,.0f} answer tok/s"
+            f"{record.label_tokens_per_s:,.0f} answer tok/s of "
+            f"{record.row_tokens_per_s:,.0f}"
         )
+        if record.mfu is not None:
+            status += f"  MFU {record.mfu:.0%}"
+        status += f"  {record.memory_mb / 1024:.1f} GiB"
         if self._progress is not None:
-            self._progress.update(self._task, completed=record.step, status=status)
+            self._progress.status = status
+            self._progress.update(self._task, completed=record.step)
         else:
             width = len(str(self.total_steps))
             self.say(
                 f"step {record.step:>{width}}/{self.total_steps}  epoch {record.epoch:.3f}  "
                 f"{status}  left {_clock(remaining)}"
             )
+
+    def log_evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Append a record of an evaluation and show its totals."""
+        line: dict[str, Any] = {
+            "step": step,
+            "current_steps": step,
+            "total_steps": self.total_steps,
+            "epoch": round(epoch, 6),
+            "percentage": round(100 * step / self.total_steps, 2),
+            "elapsed_time": _clock(self._now() - self.started),
+        }
+        self._write(line | dict(metrics))
+        tracked = {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+        self._trackers.log(step, tracked)
+        width = len(str(self.total_steps))
+        totals = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if not re.search(r"_t[\d.]+$|_num_generated$|_runtime$", name)
+        )
+        self.say(f"eval {step:>{width}}/{self.total_steps}  {totals}")
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._log is not None, "the reporter is entered"
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+    @contextmanager
+    def evaluating(self, num_rows: int) -> Iterator[Advance]:
+        """A second bar while an evaluation runs; what moves it."""
+        if self._progress is None:
+            yield lambda rows: None
+            return
+        task = self._progress.add_task("evaluation", total=num_rows)
+        progress = self._progress
+
+        def advance(rows: int) -> None:
+            progress.advance(task, rows)
+
+        try:
+            yield advance
+        finally:
+            progress.remove_task(task)
+
+    def view(self) -> RenderableType:
+        """What a terminal shows now; empty elsewhere."""
+        return "" if self._progress is None else self._progress.get_renderable()
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""

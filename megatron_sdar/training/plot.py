@@ -51,16 +51,24 @@ def plot_loss(log_path: Path, image_path: Path) -> bool:
     from matplotlib import pyplot
 
     records = read_log(log_path)
-    if not records:
+    steps, losses = _curve(records, "loss")
+    if not steps:
         return False
-    steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="each logged step")
     axes.plot(steps, smooth(losses), color="tab:blue", label="running mean")
+    evaluated = _curve(records, "eval_loss")
+    if evaluated[0]:
+        axes.plot(*evaluated, color="tab:orange", marker="o", label="evaluation (bound)")
     axes.set(xlabel="step", ylabel="loss (CE / p per label token)", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image_path, dpi=120)
     pyplot.close(figure)
     return True
+
+
+def _curve(records: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of the records that have this metric."""
+    having = [record for record in records if name in record]
+    return [record["step"] for record in having], [record[name] for record in having]

@@ -75,14 +75,19 @@ def read_losses(run: Path) -> RunLosses:
     path = run / LOG_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the output_dir of a run that has logged steps")
-    records = read_log(path)
-    if not records:
+    numbered = [
+        (number, record)
+        for number, record in enumerate(read_log(path), start=1)
+        if not (isinstance(record, dict) and "eval_loss" in record)
+    ]
+    if not numbered:
         raise ValueError(f"{path} holds no logged step: train further, or lower logging_steps")
-    for number, record in enumerate(records, start=1):
+    for number, record in numbered:
         if not isinstance(record, dict) or not {"step", "loss"} <= record.keys():
             raise ValueError(
                 f"{path}:{number}: a record needs step and loss; give a log that this trainer wrote"
             )
+    records = [record for _, record in numbered]
     return RunLosses(
         run.name or str(run),
         np.array([record["step"] for record in records], dtype=np.int64),

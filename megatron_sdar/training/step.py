@@ -7,7 +7,7 @@ loss and every gradient are those of one process that saw all rows of the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.diffusion.loss import micro_batch_scales
 from megatron_sdar.diffusion.rows import Row
-from megatron_sdar.model.sdar import EMBEDDING, HEAD, DeviceBatch, SdarStage
+from megatron_sdar.model.batch import DeviceBatch
+from megatron_sdar.model.sdar import EMBEDDING, HEAD, SdarStage
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.data_parallel import is_data_parallel, mark_backward
 from megatron_sdar.parallel.gradients import (
@@ -29,7 +30,7 @@ from megatron_sdar.parallel.gradients import (
 from megatron_sdar.parallel.layers import partial_gradient_names
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel, sum_over_world
 from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor
-from megatron_sdar.training.batch import to_device
+from megatron_sdar.training.batch import row_seed, to_device
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,26 @@ def named_parameters(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return {name: p for stage in stages for name, p in stage.named_parameters()}
 
 
+def trained_parameters(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """Those that are not frozen."""
+    return {name: p for name, p in named_parameters(stages).items() if p.requires_grad}
+
+
 class TrainingStep:
     """Runs optimizer steps over this rank's stages.
 
     Args:
         stages: materialised stages of this rank.
-        optimizer: over the stages' parameters.
+        optimizer: over the stages' trained parameters.
         normalization: loss_normalization.
         sharding_strategy: data_parallel_sharding_strategy.
         max_grad_norm: 0 turns clipping off.
         activation_dtype: of hidden states between pipeline stages.
+        dropout_seed: of all dropout; None turns it off.
+
+    Attributes:
+        parameters: those of this rank that are trained, by global name.
+        before_update: called in every step when weights and moments are about to change.
     """
 
     def __init__(
@@ -75,13 +86,16 @@ class TrainingStep:
         sharding_strategy: str = "optim_grads",
         max_grad_norm: float = 1.0,
         activation_dtype: torch.dtype = torch.float32,
+        dropout_seed: int | None = None,
     ) -> None:
         self.mesh = mesh
         self.stages = stages
         self.optimizer = optimizer
         self.normalization = normalization
         self.max_grad_norm = max_grad_norm
-        self.parameters = named_parameters(stages)
+        self.before_update: Callable[[], None] = _nothing
+        self.parameters = trained_parameters(stages)
+        self.dropout_seed = dropout_seed
         self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
         self.tied_name = self._tied_copy(arch)
         self.selects = any(stage.trims for stage in stages)
@@ -91,11 +105,14 @@ class TrainingStep:
             stages,
             mesh,
             ActivationFormat(arch.hidden_size, split, activation_dtype),
-            lambda chunk, is_last: mark_backward(stages[chunk], is_last, sharding_strategy),
+            lambda chunk, is_last: mark_backward(
+                stages[chunk], is_last, sharding_strategy, stages[chunk].learns
+            ),
+            [stage.trained_before for stage in stages],
         )
 
     def _tied_copy(self, arch: Architecture) -> str | None:
-        """The tied weight's name on this rank when two stages hold a copy each."""
+        """The tied weight's name on this rank when two stages hold a copy each and train it."""
         if not arch.tie_word_embeddings or self.mesh.pp_size == 1:
             return None
         return next((name for name in (EMBEDDING, HEAD) if name in self.parameters), None)
@@ -123,7 +140,15 @@ class TrainingStep:
 
     def _batch(self, row: Row, scale: float) -> DeviceBatch:
         multiple = self.stages[0].options.loss_multiple(row.num_tokens, self.mesh.tp_size)
-        return to_device(row, self.mesh.device, scale, multiple_of=multiple, selects=self.selects)
+        seed = None if self.dropout_seed is None else row_seed(row, self.dropout_seed)
+        return to_device(
+            row,
+            self.mesh.device,
+            scale,
+            multiple_of=multiple,
+            selects=self.selects,
+            dropout_seed=seed,
+        )
 
     def _share_loss(self, local_loss: Tensor) -> Tensor:
         # Every tp rank of the last stage holds the same loss: only the first one's counts.
@@ -148,7 +173,12 @@ class TrainingStep:
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
+        self.before_update()
         self.optimizer.step(gradients, lr)
         if not self.keeps_gradients:
             self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, label_tokens)
+
+
+def _nothing() -> None:
+    """Nobody has anything to do before an update."""

@@ -196,18 +196,29 @@ def make_steps(silent_half: bool) -> list[list[list[Document]]]:
 
 
 def _document(rng: np.random.Generator, length: int, silent: bool) -> Document:
+    """Of 4 and 8 tokens with one p, of 12 with one per block, of 16 with flat weights."""
     ids = rng.integers(1, 129, size=length).astype(np.int32)
     labels = ids.copy()
     labels[: int(rng.integers(0, length))] = -100
     prob = float(rng.uniform(0.2, 0.9))
     masked = (labels != -100) & (rng.random(length) < prob) & (not silent)
+    probs = np.array([prob, 1 - prob, 0.3 + prob / 2]) if length == 12 else prob
+    flat = 0.55 if length == 16 else None
     # The second view is independent or, in every other document, the complement.
     other = rng.random(length) < 0.3
     if length % 8:
-        second = NoiseDraw(1.0 - prob, (labels != -100) & ~masked & (not silent))
+        second = NoiseDraw(1.0 - probs, (labels != -100) & ~masked & (not silent), flat)
     else:
-        second = NoiseDraw(0.3, (labels != -100) & other & (not silent))
-    return Document(ids, labels, NoiseDraw(prob, masked), second)
+        second = NoiseDraw(0.3, (labels != -100) & other & (not silent), flat)
+    return Document(ids, labels, NoiseDraw(probs, masked, flat), second)
+
+
+def divisors(noise: NoiseDraw) -> torch.Tensor:
+    """What the oracle divides the loss of each token by, float64 [n]."""
+    if noise.flat_prob is not None:
+        return torch.full((noise.masked.size,), noise.flat_prob, dtype=torch.float64)
+    tokens = noise.masked.size // np.size(noise.mask_prob)
+    return torch.from_numpy(np.repeat(np.asarray(noise.mask_prob, dtype=np.float64), tokens))
 
 
 def micro_batches(layout: Layout, rows: list[list[Document]], dp_rank: int) -> list[Row]:
@@ -336,7 +347,7 @@ def reference(arch: Architecture, silent_half: bool, views: int = 1) -> dict[str
                 torch.from_numpy(d.ids).long(),
                 torch.from_numpy(d.labels).long(),
                 torch.from_numpy(noise.masked),
-                noise.mask_prob,
+                divisors(noise),
             )
             for row in rows
             for d in row

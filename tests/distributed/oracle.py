@@ -16,12 +16,15 @@ from megatron_sdar.architecture import Architecture
 
 @dataclass(frozen=True)
 class NoisyDocument:
-    """A document with its noise already drawn; all [n], n a multiple of the block length."""
+    """A document with its noise already drawn; all [n], n a multiple of the block length.
+
+    divisors: what the loss of each token is divided by, float64.
+    """
 
     ids: Tensor
     labels: Tensor
     masked: Tensor
-    mask_prob: float
+    divisors: Tensor
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,7 +95,7 @@ def loss(
     block: int,
     mask_id: int,
 ) -> Tensor:
-    """sum over documents and masked tokens of CE / p, over the number of label tokens."""
+    """sum over documents and masked tokens of CE / divisor, over the number of label tokens."""
     total = torch.zeros((), dtype=torch.float64)
     labels = 0
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
@@ -108,7 +111,7 @@ def loss(
         )
         log_probs = (hidden[:n] @ head[: arch.vocab_size].T).log_softmax(-1)
         picked = log_probs[torch.arange(n), doc.ids]
-        total = total - picked[doc.masked].sum() / doc.mask_prob
+        total = total - (picked / doc.divisors)[doc.masked].sum()
         labels += int((doc.labels != -100).sum())
     return total / max(labels, 1)
 

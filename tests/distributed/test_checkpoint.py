@@ -1,7 +1,7 @@
 """Checkpoints across layouts: what one layout saves, every other continues exactly.
 
-One world of four ranks saves (and resumes in its own layout), one of two and this process
-resume elsewhere. Every comparison is against the run that was never interrupted.
+One world of four ranks saves while it trains on (and resumes in its own layout), one of two and
+this process resume elsewhere. Every comparison is against the run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,26 +32,35 @@ from distributed.world import run_world
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from unit.tiny_hf import make_config, read_model, write_model
+from unit.tiny_hf import make_config, read_model, resign, write_model
 
 from megatron_sdar.architecture import load_architecture, padded_vocab_size
 from megatron_sdar.checkpoint import dcp_storage
+from megatron_sdar.checkpoint.async_save import AsyncSaver
 from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
-from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
+from megatron_sdar.checkpoint.native import (
+    CheckpointOrigin,
+    load_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
 from megatron_sdar.checkpoint.native_import import import_hf
+from megatron_sdar.checkpoint.run_directory import complete_checkpoints
 from megatron_sdar.checkpoint.safetensors_files import full_ranges
 from megatron_sdar.checkpoint.shards import ShardedTensors, write_shard
+from megatron_sdar.checkpoint.snapshot import Snapshot, take_snapshot
 from megatron_sdar.config import OptimConfig
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
-from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh
+from megatron_sdar.parallel.launch import gather_from_all, run_on_main
+from megatron_sdar.parallel.mesh import ParallelMesh, build_mesh, mesh_for_thread
 from megatron_sdar.parallel.sharding import local_ranges
+from megatron_sdar.training.checkpoints import resume
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -138,6 +148,22 @@ class Run:
             [output_dir.parent / "assets"],
         )
 
+    def background(self, output_dir: Path) -> AsyncSaver:
+        """A saver of this run's checkpoints; as for `save`, all of them say the same directory."""
+        assets = [output_dir.parent / "assets"]
+        origin = CheckpointOrigin(output_dir, make_config(output_dir), self.layout.arch, assets)
+        own_mesh = mesh_for_thread(self.mesh)
+
+        def write(snapshot: Snapshot) -> None:
+            write_checkpoint(snapshot, origin, own_mesh)
+
+        saver = AsyncSaver(self.snapshot(), write, self.mesh.device)
+        self.step.before_update = saver.wait_until_copied
+        return saver
+
+    def snapshot(self) -> Snapshot:
+        return take_snapshot(SAVED_AT, self.stages, self.optimizer, {"loader": {"position": 8}})
+
     def spoil(self) -> None:
         """Make sure that what is loaded was not there before."""
         for tensor in [*self.step.parameters.values(), *self.optimizer.moments().values()]:
@@ -165,12 +191,44 @@ def read_record(directory: Path, kind: str, layout: Layout, precision: str) -> l
 
 
 def job_save(layout: Layout, precision: str, directory: Path) -> None:
-    """Two steps, save, two more."""
+    """Two steps; save in the foreground, and in the background during two more steps.
+
+    The background copies the weights as late as training lets it, and writes them later still.
+    """
     run = Run(layout, precision)
     run.train(0, SAVED_AT)
-    run.save(directory / f"{layout.name}-{precision}")
+    target = directory / f"{layout.name}-{precision}"
+    path = run.save(target)
+    saver = run.background(target)
+    if run.mesh.is_main:
+        path.rename(target / "foreground")
+    trained = threading.Event()
+
+    def patient(*arguments: object) -> object:
+        assert trained.wait(300)
+        return write_shard(*arguments)
+
+    about_to_update = threading.Event()
+    copy = saver._copies.fill
+
+    def late(snapshot: Snapshot) -> Snapshot:
+        assert about_to_update.wait(60), "a step changes weights without asking"
+        return copy(snapshot)
+
+    def before_update() -> None:
+        about_to_update.set()
+        saver.wait_until_copied()
+
+    saver._copies.fill = late
+    run.step.before_update = before_update
+    dcp_storage.write_shard = patient
+    saver.save(run.snapshot())
     run.record(directory, "saved", run.gathered())
     run.record(directory, "losses", run.train(SAVED_AT, TOTAL))
+    assert not path.exists()
+    trained.set()
+    saver.close()
+    dcp_storage.write_shard = write_shard
     run.record(directory, "final", run.gathered())
 
 
@@ -241,7 +299,8 @@ def job_failures(directory: Path) -> None:
         dcp_storage.write_shard = write_shard
         assert "No space left on device" in text, text
         assert ("2 processes failed" in text) == (len(failing) == 2), text
-        assert list(target.iterdir()) == []
+        if run.mesh.is_main:  # who removes what was written, and hears of the failure after that
+            assert list(target.iterdir()) == []
 
     if rank == 0:
         (directory / "a_file").write_text("")
@@ -271,27 +330,82 @@ def job_failures(directory: Path) -> None:
     if rank == 0:
         shutil.copytree(good / f"checkpoint-{SAVED_AT}", damaged)
         os.truncate(cut, cut.stat().st_size - 1)
-        marker = json.loads((damaged / "COMMITTED").read_text())
-        marker["files"]["model/shard-00003.safetensors"] -= 1
-        (damaged / "COMMITTED").write_text(json.dumps(marker))
+        resign(damaged)
     dist.barrier()
     text = expect_value_error(lambda: load_checkpoint(damaged, run.stages, run.optimizer))
     assert text.startswith(f"{cut}: not a whole safetensors file"), text
 
     run.spoil()
     load_checkpoint(good / f"checkpoint-{SAVED_AT}", run.stages, run.optimizer)
+    job_flipped_bit(run, directory)
+    job_background_failure(run, directory)
     text = expect_value_error(lambda: load_hf_weights(run.stages, HOME.arch, directory / "nowhere"))
     assert "nowhere" in text
 
 
+def job_flipped_bit(run: Run, directory: Path) -> None:
+    """One rank reads the damaged file; all name it, and all go on with the older checkpoint."""
+    good = directory / f"{HOME.name}-fp32" / f"checkpoint-{SAVED_AT}"
+    flipped = directory / "flipped"
+    shard = flipped / "optimizer/shard-00002.safetensors"
+    if run.mesh.is_main:
+        shutil.copytree(good, flipped)
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 16
+        shard.write_bytes(bytes(content))
+    dist.barrier()
+    text = expect_value_error(lambda: load_checkpoint(flipped, run.stages, run.optimizer))
+    assert text.startswith(f"{shard}: damaged: its checksum is")
+    assert set(gather_from_all(text, run.mesh)) == {text}
+    said: list[str] = []
+    training = make_config(directory).training
+    resumed = resume([flipped, good], training, run.step, said.append)
+    assert (resumed.path, resumed.damaged) == (good, (flipped,))
+    assert resumed.state["step"] == SAVED_AT
+    assert said == [f"passed over: {text}"]
+    text = expect_value_error(lambda: resume([flipped], training, run.step, said.append))
+    assert "none of its checkpoints can be resumed" in text
+    assert str(shard) in text
+    text = expect_value_error(
+        lambda: resume(
+            [flipped], replace(training, resume_from_checkpoint=str(flipped)), run.step, said.append
+        )
+    )
+    assert text.startswith(f"resume_from_checkpoint: {shard}: damaged")
+
+
+def job_background_failure(run: Run, directory: Path) -> None:
+    """One rank's disk is full: every rank hears of it at the next save, and can save again."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = directory / "background-full"
+    saver = run.background(target)
+    dcp_storage.write_shard = full if run.mesh.device_mesh.get_rank() == 1 else write_shard
+    saver.save(run.snapshot())
+    text = expect_value_error(lambda: saver.save(run.snapshot()))
+    assert "No space left on device" in text
+    if run.mesh.is_main:  # who removes what was written, and hears of the failure after that
+        assert list(target.iterdir()) == []
+    dist.barrier()  # before rank 0 begins to write there again
+    dcp_storage.write_shard = write_shard
+    saver.save(run.snapshot())
+    saver.close()
+    assert complete_checkpoints(target) == [target / f"checkpoint-{SAVED_AT}"]
+    dist.barrier()
+
+
 class Awkward(nn.Module):
-    """Parameters with fewer rows than ranks, so that some shards are empty."""
+    """Parameters with fewer rows than ranks, so that some shards are empty; and one of experts."""
 
     def __init__(self, tp: object) -> None:
         super().__init__()
         for name, rows in (("two", 2), ("six", 6), ("ten", 10)):
             values = torch.arange(rows * 3.0).reshape(rows, 3)
             self.register_parameter(name, nn.Parameter(distribute_tensor(values, tp, [Shard(0)])))
+        experts = torch.arange(72.0).reshape(6, 4, 3)  # as native checkpoints hold them
+        self.experts = nn.Parameter(distribute_tensor(experts, tp, [Shard(0)]))
         columns = torch.arange(12.0).reshape(1, 12)
         self.columns = nn.Parameter(distribute_tensor(columns, tp, [Shard(1)]))
         self.one = nn.Parameter(distribute_tensor(torch.ones(1), tp, [Replicate()]))
@@ -373,6 +487,28 @@ def test_every_element_is_in_the_files(saved: Path, layout: Layout) -> None:
     for name, tensor in expected.items():
         source = model if name in model.tensors else moments
         assert torch.equal(source.read(name, full_ranges(tuple(tensor.shape))), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [*((layout, "fp64") for layout in SAVERS), (HOME, "fp32")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_save_in_the_background_writes_the_same_bytes(
+    saved: Path, layout: Layout, precision: str
+) -> None:
+    """Though training went on before any of them was written."""
+    run = saved / f"{layout.name}-{precision}"
+    here, there = (
+        {
+            path.relative_to(checkpoint): path.read_bytes()
+            for path in checkpoint.rglob("*")
+            if path.is_file()
+        }
+        for checkpoint in (run / "foreground", run / f"checkpoint-{SAVED_AT}")
+    )
+    assert here == there
+    assert Path("COMMITTED") in here
 
 
 @pytest.mark.parametrize("layout", SAVERS, ids=lambda layout: layout.name)

@@ -108,7 +108,7 @@ def test_mixing_and_published_rows_are_honoured(demo, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenized_path": "."}, "tokenized_path: . is a folder, but here it is the prefix of"),
+        ({"tokenized_path": "."}, "tokenized_path: . is a folder, but neither one that"),
         ({"val_size": 300}, "val_size 300.0 takes 300 of 300 documents for validation"),
         ({"dataset": "arithmetic,arithmetic", "val_size": 5}, "val_size: one file is used twice"),
     ],

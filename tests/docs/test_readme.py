@@ -9,10 +9,8 @@ the pytest call.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,65 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from docs.reader import ACTIVATE, ROOT, Result, commands_of, run
 from safetensors.torch import load_file
 
 from megatron_sdar.checkpoint.run_directory import read_marker
 
-ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 MAKE_TEST = "make test"
-ACTIVATE = ". .venv/bin/activate"
-# What make and conftest.py add to the environment of a test run; a reader's shell lacks it.
-TEST_RUN_VARIABLES = ("PYTHONPATH", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
-
-Result = subprocess.CompletedProcess[str]
-
-
-def readme_commands() -> list[str]:
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-COMMANDS = readme_commands()
+COMMANDS = commands_of(ROOT / "README.md")
 RUN = [command for command in COMMANDS if command not in (MAKE_TEST, ACTIVATE)]
-
-
-def readers_environment() -> dict[str, str]:
-    """This environment, with this interpreter's folder in the place of .venv/bin."""
-    kept = {name: value for name, value in os.environ.items() if name not in TEST_RUN_VARIABLES}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("readme") / "megatron_sdar"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "demo", "output", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
-    )
-    shutil.copytree(ROOT, target, ignore=ignored)
-    return target
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> bool:
-    """Whether this interpreter finds this checkout's packages by itself."""
-    code = "import megatron_sdar, sdar_kernels as k; print(megatron_sdar.__file__, k.__file__)"
-    found = run(f'python -c "{code}"', tmp_path_factory.mktemp("elsewhere")).stdout.split()
-    return len(found) == 2 and all(Path(path).is_relative_to(ROOT) for path in found)
-
-
-def run(command: str, directory: Path, timeout: int = 600) -> Result:
-    return subprocess.run(
-        command,
-        shell=True,
-        cwd=directory,
-        env=readers_environment(),
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def test_the_first_commands_are_demo_and_test() -> None:
@@ -108,11 +55,14 @@ def test_every_command_has_its_own_effect() -> None:
 
 
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
-def test_command_runs_and_has_its_effect(command: str, checkout: Path, installed: bool) -> None:
+def test_command_runs_and_has_its_effect(
+    command: str, checkout: Path, installed: bool, made_demo: Result
+) -> None:
     made = command.startswith("make ")
     if not (made or installed):
         pytest.skip(f"{sys.executable} has not got this checkout installed, as .venv would")
-    result = run(f"{command} PYTHON={sys.executable}" if made else command, checkout)
+    line = f"{command} PYTHON={sys.executable}" if made else command
+    result = made_demo if command == "make demo" else run(line, checkout)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "Warning" not in result.stderr, result.stderr[-3000:]
     (effect,) = (EFFECTS[key] for key in EFFECTS if key in command)
@@ -341,10 +291,75 @@ def hugging_face_became_native(checkout: Path, result: Result) -> None:
         assert not padding.any(), name
 
 
+def conversion_was_measured(checkout: Path, result: Result) -> None:
+    figures = json.loads((checkout / "demo/convert.json").read_text())
+    for name in (
+        "speed_vs_cp_to_native", "speed_vs_cp_to_hf", "peak_rss_mb", "load_rss_vs_model",
+        "async_block_share",
+    ):  # fmt: skip
+        assert figures[name] > 0
+    assert figures["peak_rss_mb"] < 1000
+    assert "conversion of tiny" in result.stdout
+
+
+def transformers_decoded(checkout: Path, result: Result) -> None:
+    del checkout
+    assert result.stdout.strip().startswith("2 + 3 =")
+    assert len(result.stdout.strip()) > len("2 + 3 =")
+
+
 def text_was_generated(checkout: Path, result: Result) -> None:
     del checkout
     assert result.stdout.strip(), "only blank lines"
     assert re.search(r"^[1-9]\d* tokens, [1-9]\d* forwards", result.stderr, re.MULTILINE)
+
+
+def several_prompts_were_answered(checkout: Path, result: Result) -> None:
+    del checkout
+    for prompt in ("2 + 3 =", "8 + 9 ="):
+        assert prompt in result.stdout
+    assert "answers ended by a stop token" in result.stderr
+
+
+def keys_were_explained(checkout: Path, result: Result) -> None:
+    del checkout
+    for text in ("deepspeed", "data_parallel_sharding_strategy", "cutoff_len", "supported"):
+        assert text in result.stdout, result.stdout
+
+
+def machine_was_checked(checkout: Path, result: Result) -> None:
+    del checkout
+    assert result.stdout.rstrip().endswith("ready to train"), result.stdout
+
+
+def model_was_evaluated(checkout: Path, result: Result) -> None:
+    metrics = json.loads((checkout / "demo/evaluation/eval_results.json").read_text())
+    # The demo's model has learned something: a uniform guess costs ln(vocabulary) = 6.9.
+    assert 0 < metrics["eval_loss"] < 5
+    assert metrics["eval_num_generated"] == 4
+    assert len((checkout / "demo/evaluation/eval_samples.jsonl").read_text().splitlines()) == 4
+    assert "eval_loss_t0.5" in result.stdout
+
+
+def adapter_was_trained(checkout: Path, result: Result) -> None:
+    output = checkout / "demo/lora"
+    steps = [(record["step"], "eval_loss" in record) for record in read_log(output)]
+    assert steps == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    assert (output / "adapter_model.safetensors").exists()
+    assert list((output / "runs").glob("events.out.tfevents.*"))
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"train_loss", "train_runtime", "eval_loss"} <= results.keys()
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert (state["global_step"], len(state["log_history"])) == (4, 6)
+    assert "PEFT adapter" in result.stdout
+
+
+def adapter_was_merged(checkout: Path, result: Result) -> None:
+    del result
+    merged, base = (read_weights(checkout / "demo" / name) for name in ("merged", "output"))
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
 
 
 # By a part of the command that no other command has.
@@ -360,6 +375,8 @@ EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "tools/benchmark.py loss": loss_was_measured,
     "tools/benchmark.py step": step_was_measured,
     "tools/benchmark.py views": views_were_measured,
+    "tools/benchmark.py convert": conversion_was_measured,
+    "AutoModelForCausalLM": transformers_decoded,
     "tools/compare_runs.py": runs_were_compared,
     "tools/compile_kernels.py": kernels_were_compiled,
     "tools/draw_mask.py": mask_was_drawn,
@@ -368,5 +385,11 @@ EFFECTS: dict[str, Callable[[Path, Result], None]] = {
     "overwrite_output_dir=false": run_was_resumed,
     "--format hf": checkpoint_became_hugging_face,
     "--format native": hugging_face_became_native,
-    "tools/generate.py": text_was_generated,
+    "--max-new-tokens 48": text_was_generated,
+    "--remasking dynamic": several_prompts_were_answered,
+    "tools/explain_config.py": keys_were_explained,
+    "megatron_sdar.doctor": machine_was_checked,
+    "tools/evaluate.py": model_was_evaluated,
+    "finetuning_type=lora": adapter_was_trained,
+    "tools/merge_adapter.py": adapter_was_merged,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
+from megatron_sdar.architecture import Architecture, Experts, load_architecture, padded_vocab_size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,14 +130,47 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
     assert set(read.layer_types) == {"full_attention"}
 
 
+MOE = {
+    "model_type": "sdar_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.parametrize("model_type", ["sdar_moe", "qwen3_moe"])
+def test_experts_are_read_and_written_but_not_computed(tmp_path: Path, model_type: str) -> None:
+    arch = load_architecture(write(tmp_path, {**RELEASED, **MOE, "model_type": model_type}))
+    assert arch.experts == Experts(128, 8, 768, True, 0.001)
+    written = replace(arch, block_size=4, mask_token_id=151669).to_hf_config()
+    expected = {
+        **MOE,
+        "architectures": ["SDARMoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    assert {key: written[key] for key in expected} == expected
+    (tmp_path / "again").mkdir()
+    again = load_architecture(write(tmp_path / "again", written))
+    assert again.experts == arch.experts
+    with pytest.raises(ValueError, match=r"config.json: .* \(128 experts\) can be converted, but"):
+        arch.require_dense(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; use an sdar or qwen3 model"),
+        ({"model_type": "llama"}, "model_type is 'llama'; use a model of type sdar, qwen3, sdar_m"),
         ({"model_type": None}, "model_type is None"),
-        ({"model_type": "sdar_moe"}, "mixture-of-experts models (model_type 'sdar_moe') are not"),
-        ({"num_experts": 128}, "mixture-of-experts"),
-        ({"num_local_experts": 8}, "mixture-of-experts"),
+        ({**MOE, "num_experts": None}, "num_experts is missing; it must be a positive integer"),
+        ({"num_experts": 128}, "num_experts is 128 in a dense model; model_type must then be one"),
+        ({"num_local_experts": 8}, "num_local_experts is 8 in a dense model"),
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step is 2; every layer must have"),
+        ({**MOE, "mlp_only_layers": [3]}, "mlp_only_layers is [3]; every layer must have"),
+        ({**MOE, "norm_topk_prob": None}, "norm_topk_prob is missing; it must be true or false"),
+        ({**MOE, "num_experts_per_tok": 129}, "is 129, there are only num_experts=128"),
+        ({**MOE, "router_aux_loss_coef": -1}, "router_aux_loss_coef is -1; it must be 0 or above"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only SwiGLU"),
         ({"attention_bias": True}, "attention_bias is True; projections with bias"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),

@@ -11,16 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import OptimConfig
+from megatron_sdar.config_sections.finetuning import LORA_TARGETS
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.diffusion.rows import Row, build_row, concatenate_rows, full_copies
+from megatron_sdar.model.finetuning import EVERYTHING, Finetuning
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.model.weights import initialize, materialize
+from megatron_sdar.model.weights import initialize, initialize_factors, materialize
 from megatron_sdar.optim.adamw import ShardedAdamW
+from megatron_sdar.parallel.lora import LoraOptions
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.flops import RowWork, StepFlops, step_flops
-from megatron_sdar.training.step import TrainingStep, named_parameters
+from megatron_sdar.training.step import TrainingStep, trained_parameters
 
 # Every size is another number, so that none can stand in for another.
 ARCH = Architecture(
@@ -94,6 +97,11 @@ def _added_product(total: torch.Size, left: torch.Size, right: torch.Size, **_: 
     return 2 * left[0] * left[1] * right[1]
 
 
+def _batched_product(left: torch.Size, right: torch.Size, **_: object) -> int:
+    """As torch counts, but for a norm's sums, which become products where its weight is frozen."""
+    return 0 if right[2] == 1 else 2 * left[0] * left[1] * left[2] * right[2]
+
+
 def _everyone_sees_everyone(row: Row) -> Row:
     """The same row under a mask without a hidden pair, as the dense reference computes any."""
     tokens = row.num_tokens
@@ -101,8 +109,27 @@ def _everyone_sees_everyone(row: Row) -> Row:
     return replace(row, key_intervals=intervals)
 
 
+LORA = LoraOptions(5, 7.0, LORA_TARGETS)
+TRAINED = {
+    "everything": EVERYTHING,
+    "lora": Finetuning(LORA, extra=frozenset()),
+    "lora_on_some": Finetuning(
+        replace(LORA, targets=("k_proj", "down_proj")), extra=frozenset({"lm_head"})
+    ),
+    "last_layer": Finetuning(layers=range(2, 3), extra=frozenset()),
+    "attention_of_two": Finetuning(
+        layers=range(1, 3), parts=frozenset({"self_attn"}), extra=frozenset()
+    ),
+    "mlp_of_one": Finetuning(layers=range(1), parts=frozenset({"mlp"}), extra=frozenset()),
+    "norms": Finetuning(layers=range(0), extra=frozenset({"norm"})),
+    "head": Finetuning(layers=range(0), extra=frozenset({"lm_head"})),
+}
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_torch_counts_the_same(trimmed: bool, single_process: None) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_torch_counts_the_same(name: str, trimmed: bool, single_process: None) -> None:
+    finetuning = TRAINED[name]
     mesh = build_mesh(CPU, 1, 1)
     options = ModelOptions(
         padded_vocab_size=ARCH.vocab_size,
@@ -111,15 +138,19 @@ def test_torch_counts_the_same(trimmed: bool, single_process: None) -> None:
         recompute="none",
         attention_backend="reference",
         trim_last_layer=trimmed,
+        finetuning=finetuning,
     )
     modules = build_stages(ARCH, mesh, options)
     materialize(modules, CPU)
     initialize(modules, 0)
+    initialize_factors(modules, 0)
     stages = [stage for stage in modules if isinstance(stage, SdarStage)]
-    step = TrainingStep(ARCH, mesh, stages, ShardedAdamW(named_parameters(stages), OptimConfig()))
+    optimizer = ShardedAdamW(trained_parameters(stages), OptimConfig())
+    step = TrainingStep(ARCH, mesh, stages, optimizer)
     rows = [_everyone_sees_everyone(_row(padding)) for padding in (0, 8)]
-    in_place = {torch.ops.aten.addmm_: _added_product}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    counts = {torch.ops.aten.addmm_: _added_product, torch.ops.aten.bmm: _batched_product}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         step.backward(rows)
-    expected = step_flops(ARCH, [RowWork.of(row) for row in rows], trimmed=trimmed)
+    works = [RowWork.of(row) for row in rows]
+    expected = step_flops(ARCH, works, trimmed=trimmed, finetuning=finetuning)
     assert counter.get_total_flops() == expected.total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +12,22 @@ import torch
 from safetensors import safe_open
 from unit.tiny_hf import (
     VOCAB,
+    assert_same,
     local_weights,
     make_config,
     make_stages,
     random_tensors,
     read_model,
+    resign,
     write_model,
 )
 
-from megatron_sdar.checkpoint import hf_export, safetensors_files
+from megatron_sdar.checkpoint import safetensors_files
 from megatron_sdar.checkpoint.hf_export import export_hf, parse_size
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
 from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
 from megatron_sdar.checkpoint.native_import import import_hf
-from tools.convert_checkpoint import main
+from megatron_sdar.checkpoint.remote_code import remote_code
 
 pytestmark = pytest.mark.usefixtures("single_process")
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,13 +52,6 @@ def save(model_dir: Path, output_dir: Path, tied: bool = False) -> Path:
     )
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
-
-
 # Export.
 
 
@@ -67,7 +61,8 @@ def test_round_trip_is_bitwise_and_complete(
     target = tmp_path / "export"
     report = export_hf(checkpoint, target)
     assert_same(read_model(target), random_tensors())
-    assert sorted(path.name for path in target.iterdir()) == [
+    assert {path.name for path in target.iterdir()} == {
+        *remote_code("sdar").files,
         "LICENSE",
         "chat_template.jinja",
         "config.json",
@@ -77,8 +72,8 @@ def test_round_trip_is_bitwise_and_complete(
         "model.safetensors.index.json",
         "tokenizer_config.json",
         "vocab.json",
-    ]
-    for name in report.copied:
+    }
+    for name in set(report.copied) - set(remote_code("sdar").files):
         assert (target / name).read_bytes() == (model_dir / name).read_bytes()
     assert report.dropped_rows == 136 - VOCAB
     assert report.num_tensors == 47
@@ -107,7 +102,18 @@ def test_config_has_what_every_engine_reads(checkpoint: Path, tmp_path: Path) ->
         "mask_token_id": 130,
     }
     assert {key: config[key] for key in expected} == expected
-    assert "auto_map" not in config
+
+
+def test_source_without_code_gets_ours(checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(checkpoint, tmp_path / "export")
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_sdar.SDARConfig",
+        "AutoModel": "modeling_sdar.SDARModel",
+        "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+    }
+    for name, path in remote_code("sdar").files.items():
+        assert (tmp_path / "export" / name).read_bytes() == path.read_bytes()
 
 
 def test_remote_code_travels_with_its_auto_map(model_dir: Path, tmp_path: Path) -> None:
@@ -160,6 +166,7 @@ def test_tokenizer_comes_from_one_directory_only(model_dir: Path, tmp_path: Path
         if p.is_file() and p.suffix != ".safetensors"
     }
     assert names == {
+        *remote_code("sdar").files,
         "LICENSE",
         "additional_chat_templates/tools.jinja",
         "config.json",
@@ -250,7 +257,7 @@ def test_memory_is_one_block(
         largest = max(largest, block.nbytes)
         return write(self, name, block)
 
-    monkeypatch.setattr(hf_export.SafetensorsWriter, "write", watch)
+    monkeypatch.setattr(safetensors_files.SafetensorsWriter, "write", watch)
     export_hf(checkpoint, tmp_path / "export")
     assert 1000 < largest <= 2000
     assert_same(read_model(tmp_path / "export"), random_tensors())
@@ -331,7 +338,7 @@ def test_into_output_dir_failing_midway_leaves_the_old_export(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_export.SafetensorsWriter, "write", full)
+    monkeypatch.setattr(safetensors_files.SafetensorsWriter, "write", full)
     with pytest.raises(ValueError, match="cannot write there: No space left on device"):
         export_hf(checkpoint, run, into_existing=True)
     assert_same(read_model(run), random_tensors())
@@ -352,7 +359,7 @@ def test_checkpoint_that_does_not_fit_its_config(checkpoint: Path, tmp_path: Pat
         ('"vocab_size": 131', '"vocab_size": 999', "embed_tokens.weight: 136 rows, config.json"),
     ):
         path.write_text(text.replace(old, new))
-        assert path.stat().st_size == len(text)
+        resign(checkpoint)
         with pytest.raises(ValueError, match=what):
             export_hf(checkpoint, tmp_path / "export")
 
@@ -369,7 +376,7 @@ def test_import_then_load_then_export(
     assert "left behind: README.md, trainer_log.jsonl" in report.format()
     expected = {n: t.to(dtype or t.dtype) for n, t in random_tensors().items()}
     stages, _, _ = make_stages(model_dir)
-    assert load_checkpoint(tmp_path / "native", stages, None) == {"step": 0}
+    assert load_checkpoint(tmp_path / "native", stages, None) == {"global_step": 0, "step": 0}
     for name, tensor in local_weights(stages).items():
         assert torch.equal(tensor[: len(expected[name])], expected[name].float()), name
         assert not tensor[len(expected[name]) :].any()
@@ -415,87 +422,3 @@ def test_import_finds_the_mask_token_in_the_tokenizer(
     report = import_hf(model_dir, tmp_path / "native")
     assert "mask_token_id: 4, from the tokenizer" in report.format()
     assert json.loads((tmp_path / "native/hf/config.json").read_text())["mask_token_id"] == 4
-
-
-# The tool.
-
-
-def test_tool_both_ways(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    native, back = tmp_path / "native", tmp_path / "back"
-    assert main(["--from", str(model_dir), "--to", str(native), "--format", "native"]) == 0
-    assert f"imported as {native}" in capsys.readouterr().out
-    assert main(["--from", str(native), "--to", str(back), "--format", "hf"]) == 0
-    assert "47 tensors" in capsys.readouterr().out
-    assert_same(read_model(back), random_tensors())
-
-
-def test_tool_takes_the_newest_checkpoint_of_a_run(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = checkpoint.parent
-    export_hf(checkpoint, run, into_existing=True)  # as after training
-    (run / "checkpoint-9").mkdir()
-    target = str(tmp_path / "export")
-    arguments = ["--from", str(run), "--to", target, "--format", "hf", "--dtype", "bfloat16"]
-    assert main([*arguments, "--max-shard-size", "1MB"]) == 0
-    out = capsys.readouterr().out
-    assert f"exported {checkpoint}\n" in out
-    assert f"skipped {run / 'checkpoint-9'}: not a complete checkpoint" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "what"),
-    [
-        (["--from", "nowhere", "--format", "hf"], "nowhere: no such directory"),
-        (["--from", "model", "--format", "hf"], "is in Hugging Face format already"),
-        (["--from", "empty", "--format", "hf"], "is neither a checkpoint nor a run"),
-        (["--from", "torn", "--format", "hf"], "has no complete checkpoint: torn/checkpoint-1"),
-        (["--from", "torn/checkpoint-1", "--format", "hf"], "has no COMMITTED file"),
-        (["--from", "empty", "--format", "native"], "config.json: cannot read it"),
-        (["--from", "run/checkpoint-5", "--format", "native"], "native checkpoint already"),
-        (
-            ["--from", "model", "--format", "native", "--max-shard-size", "1GB"],
-            "--max-shard-size 1GB goes with --format hf only",
-        ),
-        (
-            ["--from", "run", "--format", "hf", "--mask-token-init", "mean"],
-            "--mask-token-init mean goes with --format native only",
-        ),
-        (
-            ["--from", "model", "--format", "native", "--block-size", "0"],
-            "--block-size 0: must be at least 1",
-        ),
-        (["--from", "run", "--format", "hf", "--max-shard-size", "x"], "max_shard_size: 'x'"),
-    ],
-)
-@pytest.mark.usefixtures("checkpoint")
-def test_tool_errors_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    what: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    os.makedirs("empty")
-    os.makedirs("torn/checkpoint-1")
-    assert main([*arguments, "--to", "out"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert what in error
-    assert not Path("out").exists()
-
-
-def test_tool_help_runs_as_a_script() -> None:
-    result = subprocess.run(
-        [sys.executable, "tools/convert_checkpoint.py", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--mask-token-init" in result.stdout
-    assert "examples:" in result.stdout

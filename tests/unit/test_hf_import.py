@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from unit.tiny_hf import (
 )
 
 from megatron_sdar.architecture import load_architecture
-from megatron_sdar.checkpoint import hf_source
+from megatron_sdar.checkpoint import hf_import, hf_source
 from megatron_sdar.checkpoint.hf_import import load_hf_weights
 from megatron_sdar.checkpoint.hf_source import HfModel
 from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
@@ -259,3 +261,20 @@ def test_truncated_and_quantised_weights(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.int8)
     write_model(tmp_path, tensors, files=1)
     assert "model.norm.weight has dtype I8" in complaint(tmp_path)
+
+
+def test_reading_shows_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path)
+    stages, arch, _ = make_stages(tmp_path)
+    bars: list[tuple[str, int, bool]] = []
+    done: list[int] = []
+
+    @contextmanager
+    def watched(label: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+        bars.append((label, total, enabled))
+        yield done.append
+
+    monkeypatch.setattr(hf_import, "byte_progress", watched)
+    load_hf_weights(stages, arch, tmp_path)
+    assert bars == [("reading weights", sum(done), True)]
+    assert sum(done) == sum(weight.nbytes for weight in local_weights(stages).values())

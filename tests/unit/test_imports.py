@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG, ENTRY = 0, 6
 CONFIG_FILES = (
-    "architecture", "compat", "config", "config_fields", "config_rules", "config_weights",
+    "architecture", "compat", "compat_ignored", "compat_mapped", "compat_refused", "config",
+    "config_description", "config_explanation", "config_fields", "config_rules", "config_sections",
+    "config_presets", "config_rules_diffusion", "config_rules_evaluation",
+    "config_rules_finetuning", "config_weights",
     "config_yaml",
 )  # fmt: skip
 LAYERS = {
@@ -27,7 +30,7 @@ LAYERS = {
     "parallel": 2,
     "model": 3,
     "optim": 4, "checkpoint": 4,
-    "training": 5, "generation": 5, "benchmark": 5,
+    "training": 5, "generation": 5, "benchmark": 5, "doctor": 5,
 }  # fmt: skip
 OURS = {"megatron_sdar", "sdar_kernels", "tools", "pretrain_sdar"}
 KERNEL_LIBRARIES = {"sdar_kernels", "torch", "triton", "numpy", "einops"}

@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_sdar.diffusion.loss import micro_batch_scales, token_weights
+from megatron_sdar.diffusion.loss import block_weights, micro_batch_scales
 
 
 def test_a_masked_token_weighs_one_over_p() -> None:
-    assert token_weights(0.25, 3).tolist() == [4.0, 4.0, 4.0]
-    assert token_weights(0.25, 0).shape == (0,)
+    assert block_weights(0.25, 3).tolist() == [4.0, 4.0, 4.0]
+    assert block_weights(0.25, 0).shape == (0,)
+    assert block_weights(np.array([0.25, 1.0, 0.5]), 3).tolist() == [4.0, 1.0, 2.0]
+
+
+def test_noise_of_another_block_length_is_refused() -> None:
+    with pytest.raises(AssertionError, match="drawn with another block length"):
+        block_weights(np.array([0.25, 1.0, 0.5]), 6)
 
 
 def test_global_is_one_over_the_step_s_label_count_whatever_the_split() -> None:

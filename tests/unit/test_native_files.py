@@ -19,6 +19,7 @@ from unit.tiny_hf import (
     make_optimizer,
     make_stages,
     random_tensors,
+    resign,
     write_model,
 )
 
@@ -26,11 +27,11 @@ from megatron_sdar.checkpoint import dcp_storage, native, run_directory
 from megatron_sdar.checkpoint.agreement import dcp_errors_as_value_errors
 from megatron_sdar.checkpoint.dcp_storage import ShardStorageReader, ShardStorageWriter
 from megatron_sdar.checkpoint.native import load_checkpoint, save_checkpoint
+from megatron_sdar.checkpoint.resumption import resume_candidates
 from megatron_sdar.checkpoint.run_directory import (
     incomplete_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
-    resolve_resume,
 )
 from megatron_sdar.checkpoint.safetensors_files import (
     SafetensorsReader,
@@ -264,13 +265,6 @@ def test_precision_may_widen_but_a_resume_may_not_round(model_dir: Path, tmp_pat
     load_checkpoint(path, stages, make_optimizer(stages))
 
 
-def resign(path: Path) -> None:
-    """Make a tampered checkpoint look complete, to reach the checks behind the marker."""
-    marker = json.loads((path / "COMMITTED").read_text())
-    marker["files"] = {name: (path / name).stat().st_size for name in marker["files"]}
-    (path / "COMMITTED").write_text(json.dumps(marker))
-
-
 def first_chunk(entry: dict) -> dict:
     return entry["model.norm.weight"]["chunks"][0]
 
@@ -317,9 +311,7 @@ def test_shard_damaged_behind_the_marker(
     path = save(model_dir, tmp_path / "run")
     shard = path / folder / "shard-00000.safetensors"
     spoil(shard)
-    marker = json.loads((path / "COMMITTED").read_text())
-    marker["files"] = {n: (path / n).stat().st_size for n in marker["files"] if (path / n).exists()}
-    (path / "COMMITTED").write_text(json.dumps(marker))
+    resign(path)
     complaint = load_complaint(path, model_dir)
     assert complaint.startswith(f"{shard}: {what}")
 
@@ -328,9 +320,7 @@ def test_shard_damaged_behind_the_marker(
 def test_file_that_the_marker_forgot(model_dir: Path, tmp_path: Path, name: str) -> None:
     path = save(model_dir, tmp_path / "run")
     (path / name).unlink()
-    marker = json.loads((path / "COMMITTED").read_text())
-    del marker["files"][name]
-    (path / "COMMITTED").write_text(json.dumps(marker))
+    resign(path)
     assert f"{path / name}: cannot read it" in load_complaint(path, model_dir)
 
 
@@ -390,7 +380,7 @@ def damage_cut(path: Path) -> None:
         (lambda path: (path / "COMMITTED").write_text("{"), "not valid JSON"),
         (lambda path: (path / "COMMITTED").write_text("[]"), "expected a JSON object"),
         (lambda path: (path / "COMMITTED").write_text('{"format_version": 9}'), "version is 9"),
-        (lambda path: (path / "COMMITTED").write_text('{"format_version": 1}'), "not a marker"),
+        (lambda path: (path / "COMMITTED").write_text('{"format_version": 2}'), "not a marker"),
         (lambda path: (path / "optimizer/shard-00000.safetensors").unlink(), "(missing, should"),
         (damage_cut, "bytes, should have"),
     ],
@@ -409,7 +399,7 @@ def test_incomplete_checkpoint_is_skipped_and_named(
     assert what in reason
     assert what in load_complaint(bad, model_dir)
     with pytest.raises(ValueError, match="resume_from_checkpoint: "):
-        resolve_resume(run, str(bad), False)
+        resume_candidates(run, str(bad), False)
 
 
 def test_a_save_that_dies_leaves_the_older_checkpoint(
@@ -503,24 +493,24 @@ def test_interrupted_pruning_leaves_nothing_that_looks_complete(
 def test_resume_rules(model_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for value in (None, False):
-        assert resolve_resume(run, value, False) is None
+        assert resume_candidates(run, value, False) == []
     with pytest.raises(ValueError, match=r"true, but .* \(no checkpoint-N there\)"):
-        resolve_resume(run, True, False)
+        resume_candidates(run, True, False)
     run.mkdir()
     (run / "model.safetensors").write_text("")
     with pytest.raises(ValueError, match="holds a model but no checkpoint to resume from"):
-        resolve_resume(run, None, False)
-    assert resolve_resume(run, None, True) is None
+        resume_candidates(run, None, False)
+    assert resume_candidates(run, None, True) == []
     path = save(model_dir, run, 5, with_optimizer=False)
     for value in (None, False, True, str(path)):
-        assert resolve_resume(run, value, False) == path
-    assert resolve_resume(run, None, True) is None
-    assert resolve_resume(run, True, True) == path
+        assert resume_candidates(run, value, False) == [path]
+    assert resume_candidates(run, None, True) == []
+    assert resume_candidates(run, True, True) == [path]
     shutil.rmtree(path / "model")
     with pytest.raises(ValueError, match=r"true, but .*shard-00000.safetensors \(missing"):
-        resolve_resume(run, True, False)
+        resume_candidates(run, True, False)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*nowhere: not a complete"):
-        resolve_resume(run, str(tmp_path / "nowhere"), False)
+        resume_candidates(run, str(tmp_path / "nowhere"), False)
 
 
 def test_values_survive_every_dtype_and_block_size(

@@ -16,7 +16,8 @@ from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import OptimConfig
 from megatron_sdar.diffusion.noise import NoiseKey, draw_noise
 from megatron_sdar.diffusion.rows import build_row, concatenate_rows, full_copies
-from megatron_sdar.generation.sampler import GenerationResult, SamplerConfig, generate
+from megatron_sdar.generation.reference_sampler import generate
+from megatron_sdar.generation.sampler_config import GenerationResult, SamplerConfig
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
 from megatron_sdar.model.sdar import SdarStage

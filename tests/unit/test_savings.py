@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sdar_kernels.reference import dense_mask
 
-from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey, draw_noises, draw_views
+from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey, draw_noises
+from megatron_sdar.diffusion.noise_schedule import NoiseSchedule, NoisyDocuments, draw_views
 from megatron_sdar.diffusion.rows import build_row, full_copies
 from megatron_sdar.diffusion.savings import kept_copies, masked_blocks, num_row_blocks
 
@@ -103,10 +104,10 @@ def reached(row: object) -> list[set[tuple[int, int]]]:
 
 def views(num_views: int, complementary: bool, size: int = 4000) -> list[tuple[NoiseDraw, ...]]:
     maskable = np.arange(size) % 3 != 0
-    return draw_views(
-        NoiseKey(7, 1), [3, 9], [0, 2], [size // 4, size - size // 4], maskable, EPS,
-        num_views, complementary,
-    )  # fmt: skip
+    lengths = [size // 4, size - size // 4]
+    documents = NoisyDocuments([3, 9], [0, 2], [0, 0], [0, 1], lengths, maskable)
+    schedule = NoiseSchedule(EPS, num_views=num_views, complementary=complementary)
+    return draw_views(schedule, NoiseKey(7, 1), documents, BLOCK)
 
 
 def test_one_view_is_the_plain_draw() -> None:

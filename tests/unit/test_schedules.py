@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megatron_sdar.config_fields import LR_SCHEDULER_TYPES
+from megatron_sdar.config_sections.optim import LR_SCHEDULER_TYPES
 from megatron_sdar.optim.schedules import _SCHEDULES, lr_multiplier, resolve_warmup_steps
 
 PEAK = 3e-4
@@ -27,6 +27,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("inverse_sqrt", {"timescale": 17}),
     ("cosine_with_min_lr", {"min_lr": 1e-5}),
     ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 0.75}),
+    ("cosine_warmup_with_min_lr", {"min_lr": 1e-5}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 0.75, "warmup_lr_rate": 0.2}),
     ("warmup_stable_decay", WSD),
     ("warmup_stable_decay", {**WSD, "num_stable_steps": 5, "min_lr_ratio": 0.2}),
     ("warmup_stable_decay", {**WSD, "warmup_type": "cosine", "decay_type": "linear"}),
@@ -50,7 +52,8 @@ def test_equal_to_transformers(name: str, kwargs: dict[str, Any], warmup: int) -
     for step in range(total + 4):
         ours = lr_multiplier(name, step, total, warmup, kwargs, learning_rate=PEAK)
         assert ours == pytest.approx(multiplier(step), rel=1e-14, abs=1e-16), step
-    if warmup and name not in ("constant", "warmup_stable_decay"):
+    starts_above_0 = ("constant", "warmup_stable_decay", "cosine_warmup_with_min_lr")
+    if warmup and name not in starts_above_0:
         assert lr_multiplier(name, 0, total, warmup, kwargs, PEAK) == 0.0
 
 
@@ -73,6 +76,7 @@ def test_warm_up_of_the_whole_run_ends_at_the_floor() -> None:
         ("warmup_stable_decay", {**WSD, "warmup_type": "x"}, PEAK, "warmup_type 'x' is unknown"),
         ("cosine_with_min_lr", {}, PEAK, "exactly one of min_lr and min_lr_rate"),
         ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 1}, PEAK, "exactly one of min_lr"),
+        ("cosine_warmup_with_min_lr", {}, PEAK, "warmup_with_min_lr needs exactly one of min_lr"),
         ("cosine_with_min_lr", {"min_lr": 1e-6}, None, "lr_multiplier needs learning_rate"),
         ("polynomial", {}, None, "lr_multiplier needs learning_rate"),
         ("polynomial", {"lr_end": PEAK}, PEAK, "lr_end=0.0003 must be below learning_rate=0.0003"),

@@ -13,11 +13,15 @@ from distributed.layouts import Layout, build, make_steps, micro_batches
 
 from megatron_sdar.optim.adamw import takes_weight_decay
 from megatron_sdar.parallel.mesh import build_mesh
-from megatron_sdar.training.loop import steps_between
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, StepRecord, trim_log
+from megatron_sdar.training.plan import steps_between
 from megatron_sdar.training.plot import plot_loss, read_log, smooth
+from megatron_sdar.training.trackers import Trackers
+from megatron_sdar.training.work_meter import WorkCounts
 
-RECORD = StepRecord(1, 2.5, 1.0, 1e-3, 0.5, 100.0, 300.0, 0.01)
+WORK = WorkCounts(noisy=10, clean=20, padding=2, flops=10**9)
+RECORD = StepRecord(1, 2.5, 1.0, 1e-3, 0.5, 100.0, 300.0, 0.01, WORK, 40, 0.25, 512.0)
+NOBODY = Trackers({}, print)
 
 
 @pytest.mark.usefixtures("single_process")
@@ -63,38 +67,45 @@ def test_steps_between(value: float, total: int, expected: int) -> None:
 
 
 def test_log_has_the_promised_fields_and_is_trimmed_on_resume(tmp_path: Path) -> None:
-    trim_log(tmp_path, 0)
-    with Reporter(tmp_path, total_steps=4, start_step=0) as reporter:
+    trim_log(tmp_path / LOG_NAME, 0)
+    with Reporter(tmp_path, total_steps=4, start_step=0, trackers=NOBODY) as reporter:
         for step in (1, 2, 3):
             reporter.log(replace(RECORD, step=step))
     records = read_log(tmp_path / LOG_NAME)
     assert [record["step"] for record in records] == [1, 2, 3]
     assert {"step", "loss", "grad_norm", "lr", "epoch"} <= set(records[0])
-    trim_log(tmp_path, 2)
-    with Reporter(tmp_path, total_steps=4, start_step=2) as reporter:
+    tokens = [records[0][f"{kind}_tokens"] for kind in ("noisy", "clean", "padding", "left_out")]
+    assert tokens == [10, 20, 2, 40]
+    assert (records[0]["mfu"], records[0]["memory_mb"]) == (0.25, 512.0)
+    trim_log(tmp_path / LOG_NAME, 2)
+    with Reporter(tmp_path, total_steps=4, start_step=2, trackers=NOBODY) as reporter:
         reporter.log(replace(RECORD, step=3, loss=9.0))
     records = read_log(tmp_path / LOG_NAME)
     assert [record["step"] for record in records] == [1, 2, 3], "no step is logged twice"
     assert records[-1]["loss"] == 9.0
-    trim_log(tmp_path, 0)
+    trim_log(tmp_path / LOG_NAME, 0)
     assert read_log(tmp_path / LOG_NAME) == [], "a fresh run starts a fresh log"
 
 
 def test_a_log_line_torn_by_a_kill_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     log = tmp_path / LOG_NAME
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    trim_log(tmp_path, 2)
+    trim_log(tmp_path / LOG_NAME, 2)
     assert read_log(log) == [{"step": 1, "loss": 2.0}]
     log.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
     with pytest.raises(ValueError, match=rf"{LOG_NAME}:2: not a log record"):
-        trim_log(tmp_path, 3)
+        trim_log(tmp_path / LOG_NAME, 3)
 
 
 def test_plot_is_written_and_smoothing_follows_the_values(tmp_path: Path) -> None:
     log = tmp_path / LOG_NAME
     log.write_text("")
     assert not plot_loss(log, tmp_path / "empty.png")
-    log.write_text("".join(json.dumps({"step": i, "loss": 5 - i / 10}) + "\n" for i in range(30)))
+    log.write_text(
+        "".join(json.dumps({"step": i, "loss": 5 - i / 10}) + "\n" for i in range(30))
+        + json.dumps({"step": 29, "eval_loss": 3.0})
+        + "\n"
+    )
     assert plot_loss(log, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     curve = smooth([5.0] * 10 + [1.0] * 50)

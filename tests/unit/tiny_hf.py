@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sdar.architecture import Architecture, load_architecture, padded_vocab_size
+from megatron_sdar.checkpoint.checksums import file_record
+from megatron_sdar.checkpoint.run_directory import Marker, write_marker
 from megatron_sdar.config import (
     DataConfig,
     DiffusionConfig,
@@ -116,6 +118,35 @@ def write_model(
     return tensors
 
 
+def write_moe_model(
+    directory: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    model_type: str = "sdar_moe",
+) -> dict[str, torch.Tensor]:
+    """A model of 2 layers with 6 experts in a directory; returns its tensors."""
+    experts, inter = 6, 8
+    if tensors is None:
+        generator = torch.Generator().manual_seed(1)
+        two_layers = names_and_shapes({**CONFIG, "num_hidden_layers": 2})
+        shapes = {name: shape for name, shape in two_layers.items() if ".mlp." not in name}
+        for layer in (f"model.layers.{n}.mlp" for n in range(2)):
+            shapes[f"{layer}.gate.weight"] = (experts, 48)
+            for expert in (f"{layer}.experts.{e}" for e in range(experts)):
+                shapes[f"{expert}.gate_proj.weight"] = (inter, 48)
+                shapes[f"{expert}.up_proj.weight"] = (inter, 48)
+                shapes[f"{expert}.down_proj.weight"] = (48, inter)
+        tensors = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    changes = {
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": inter,
+        "norm_topk_prob": True,
+    }
+    return write_model(directory, tensors, **changes)
+
+
 def read_model(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor by the index, the way an engine reads a directory."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())
@@ -165,3 +196,20 @@ def make_config(output_dir: Path) -> SdarConfig:
 def local_weights(stages: list[SdarStage]) -> dict[str, torch.Tensor]:
     """Full weights of a one-process model, padding rows included."""
     return {n: p.full_tensor().detach() for n, p in named_parameters(stages).items()}
+
+
+def resign(checkpoint: Path) -> None:
+    """Make a tampered checkpoint look complete, to reach the checks behind the marker."""
+    content = json.loads((checkpoint / "COMMITTED").read_text())
+    del content["checksum"]
+    present = [name for name in content["files"] if (checkpoint / name).exists()]
+    content["files"] = {name: file_record(checkpoint / name) for name in present}
+    write_marker(checkpoint, Marker(**content))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and values."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name

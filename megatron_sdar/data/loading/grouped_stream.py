@@ -15,20 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_sdar.data.loading.blend import BlendSchedule
-from megatron_sdar.data.loading.packing import fill_rows, pad_to_block
+from megatron_sdar.data.loading.group import Group, build_group
 from megatron_sdar.data.loading.row_stream import RowStream
-from megatron_sdar.diffusion.noise import (
-    GROUP_STREAM,
-    NoiseDraw,
-    NoiseKey,
-    draw_views,
-    philox_words,
-)
-from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row, RowDocument, build_row
-from megatron_sdar.diffusion.savings import kept_copies, num_row_blocks
+from megatron_sdar.diffusion.rows import Row, build_row
 
 # Packed rows that are taken together: the last row of each group stays partly empty.
 GROUP_ROWS = 256
@@ -61,25 +52,6 @@ class GroupStart:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> GroupStart:
         return cls(**{**state, "base": tuple(state["base"])})
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One document (or piece) of a group, without its tokens."""
-
-    part: int
-    document_id: int
-    piece: int
-    noises: tuple[NoiseDraw, ...]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Its items, which of them share a row, and how many packed rows they came from."""
-
-    items: list[_Item]
-    rows: list[list[int]]
-    num_source_rows: int
 
 
 class GroupedStream:
@@ -148,12 +120,11 @@ class GroupedStream:
         start = self.start_at(position)
         group = self._built(start)
         members = group.rows[position - start.first_row]
-        documents = [self._document(group.items[number]) for number in members]
         options = self.options
         return build_row(
-            documents,
+            group.documents(self.source, members),
             self.row_length,
-            options.block_length,
+            group.block_length,
             options.mask_token_id,
             options.pad_token_id,
         )
@@ -173,10 +144,19 @@ class GroupedStream:
         """This worker's share of the rows that the first packed rows of one dataset become.
 
         The shares of all workers sum to the whole; a last group that is needed in part only
-        counts in proportion.
+        counts in proportion. While the block length changes, groups depend on all before them:
+        then worker 0 has the whole.
         """
         assert not self._segments, "a blend has no end"
         total = 0.0
+        if len(self.options.block_lengths) > 1:
+            start = self._beginning()
+            while worker == 0 and start.num_source_rows < num_source_rows:
+                group = self._build(start)
+                share = (num_source_rows - start.num_source_rows) / group.num_source_rows
+                total += len(group.rows) * min(1.0, share)
+                start = self._after(start, group)
+            return total
         number, begin = 0, 0
         while begin < num_source_rows:
             end = self._group_end(begin)
@@ -189,11 +169,13 @@ class GroupedStream:
     def _check_short_rows(self, repack: bool) -> None:
         """Refuse a row_length that some document's noise could exceed."""
         length = self.row_length
-        if not repack or len(self.source.parts) > 1:
+        changes = len(self.source.parts) > 1 or len(self.options.block_lengths) > 1
+        if not repack or changes:
             raise ValueError(
                 f"row_length {length} is below (1 + noisy_views) * cutoff_len = "
-                f"{self.safe_row_length}, which needs packing (neat_packing: true) and one "
-                "dataset (no mix_strategy: blend); leave row_length out"
+                f"{self.safe_row_length}, which needs packing (neat_packing: true), one dataset "
+                "(no mix_strategy: blend) and one block length (no block_length_schedule); leave "
+                "row_length out"
             )
         ((store, index),) = ((part.store, part.index) for part in self.source.parts)
         sizes = np.minimum(store.lengths[np.unique(index.doc_ids)], index.limit)
@@ -209,7 +191,7 @@ class GroupedStream:
     def _beginning(self) -> GroupStart:
         return GroupStart(0, 0, (0,) * len(self.source.parts), 0)
 
-    def _after(self, start: GroupStart, group: _Group) -> GroupStart:
+    def _after(self, start: GroupStart, group: Group) -> GroupStart:
         first_row = start.first_row + len(group.rows)
         base, taken = start.base, start.taken + group.num_source_rows
         if self._segments and self._segment(first_row) != self._segment(start.first_row):
@@ -230,84 +212,30 @@ class GroupedStream:
             number += 1
         return epoch * num_rows + number * num_rows // num_groups
 
+    def _rows_until_change(self, row: int) -> int:
+        """Rows from this one to the next change of weights or block length, at most a group's.
+
+        A group never gives more rows than it takes, so what changes does so exactly at its row:
+        groups in front of it become smaller and smaller.
+        """
+        firsts = [first for first, _ in (*self._segments, *self.options.block_lengths)]
+        return min([self.group_rows, *(first - row for first in firsts if first > row)])
+
     def _source_rows(self, start: GroupStart) -> list[tuple[int, int]]:
         """(dataset, which of its packed rows over all epochs) of a group."""
+        size = self._rows_until_change(start.first_row)
         if not self._segments:
-            return [(0, place) for place in range(start.taken, self._group_end(start.taken))]
+            end = min(self._group_end(start.taken), start.taken + size)
+            return [(0, place) for place in range(start.taken, end)]
         segment = self._segment(start.first_row)
-        size = self.group_rows
-        if segment + 1 < len(self._segments):
-            # A group never gives more rows than it takes, so the next segment begins exactly at
-            # its row: groups in front of it become smaller and smaller.
-            size = min(size, self._segments[segment + 1][0] - start.first_row)
         dealt = [self._dealers[segment].locate(start.taken + i) for i in range(size)]
         return [(part, start.base[part] + count) for part, count in dealt]
 
-    def _build(self, start: GroupStart) -> _Group:
-        places = self._source_rows(start)
-        by_epoch: dict[int, list[tuple[int, int, int]]] = {}
-        for part, place in places:
-            epoch, row = self.source.row_of(part, place)
-            index, store = self.source.parts[part].index, self.source.parts[part].store
-            pairs = zip(store.ids_at(index.row(row)), index.row_pieces(row), strict=True)
-            chosen = [(part, int(document), int(piece)) for document, piece in pairs]
-            by_epoch.setdefault(epoch, []).extend(chosen)
-        items: list[_Item] = []
-        costs: list[int] = []
-        for epoch, chosen in by_epoch.items():
-            for item, cost in self._draw(epoch, chosen):
-                items.append(item)
-                costs.append(cost)
-        rows = self._pack(costs, start.number)
-        return _Group(items, rows, len(places))
-
-    def _draw(self, epoch: int, chosen: list[tuple[int, int, int]]) -> list[tuple[_Item, int]]:
-        """Every document with its noise and the blocks it takes in a row."""
-        options = self.options
-        tokens = [self._tokens(*place) for place in chosen]
-        views = draw_views(
-            NoiseKey(options.seed, epoch),
-            [document for _, document, _ in chosen],
-            [piece for _, _, piece in chosen],
-            [ids.size for ids, _ in tokens],
-            np.concatenate([labels for _, labels in tokens]) != IGNORED_LABEL,
-            options.noise_eps,
-            options.num_views,
-            options.complementary_views,
+    def _build(self, start: GroupStart) -> Group:
+        return build_group(
+            self.source,
+            self._source_rows(start),
+            start.number,
+            self.options.block_length_at(start.first_row),
+            self.row_length if self.group_rows > 1 else None,
         )
-        return [
-            (
-                _Item(*place, noises),
-                num_row_blocks(kept_copies(ids, labels, options.block_length, noises)),
-            )
-            for place, (ids, labels), noises in zip(chosen, tokens, views, strict=True)
-        ]
-
-    def _pack(self, costs: list[int], number: int) -> list[list[int]]:
-        """Which items share a row, rows in a random order of the group's own."""
-        if self.group_rows == 1:
-            return [list(range(len(costs)))]
-        sizes = np.array(costs, dtype=np.int64)
-        silent = np.flatnonzero(sizes == 0).tolist()
-        if len(silent) == len(costs):
-            return [silent]
-        offsets, order = fill_rows(sizes, self.row_length // self.options.block_length)
-        rows = [part.tolist() for part in np.split(order, offsets[1:-1])]
-        # They take no room, but their label tokens count in the loss's denominator.
-        for place, item in enumerate(silent):
-            rows[place % len(rows)].append(item)
-        if self.options.shuffle:
-            words = philox_words(self.options.seed, number, (GROUP_STREAM, 0, 0), len(rows))
-            rows = [rows[place] for place in np.argsort(words, kind="stable")]
-        return rows
-
-    def _document(self, item: _Item) -> RowDocument:
-        ids, labels = self._tokens(item.part, item.document_id, item.piece)
-        return kept_copies(ids, labels, self.options.block_length, item.noises)
-
-    def _tokens(
-        self, part: int, document_id: int, piece: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """ids and labels of a document, truncated and padded to whole blocks."""
-        kept = self.source.kept(self.source.parts[part], document_id, piece)
-        return pad_to_block(*kept, self.options.block_length, self.options.pad_token_id)

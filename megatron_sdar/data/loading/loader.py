@@ -20,7 +20,8 @@ from megatron_sdar.data.loading.blend import BlendSchedule
 from megatron_sdar.data.loading.documents import DocumentStore
 from megatron_sdar.data.loading.grouped_stream import GroupedStream, GroupStart
 from megatron_sdar.data.loading.packing import PackedIndex
-from megatron_sdar.data.loading.row_stream import RowOptions, RowPart, RowStream
+from megatron_sdar.data.loading.row_options import RowOptions
+from megatron_sdar.data.loading.row_stream import RowPart, RowStream
 from megatron_sdar.data.loading.row_workers import (
     BuiltStep,
     ProcessesAhead,
@@ -148,7 +149,8 @@ class RowLoader:
                 repeat some documents and skip others.
         """
         position = int(state["rows_taken"])
-        ours, theirs = self.stream.identity(position), state["stream"]
+        ours = self.stream.identity(position)
+        theirs = {**RowOptions.defaults(), **state["stream"]}
         changed = [
             f"{key} was {theirs.get(key)!r}, now {value!r}"
             for key, value in ours.items()

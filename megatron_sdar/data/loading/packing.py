@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_sdar.data.loading.exact_fill import fill_bins, num_bins
 from megatron_sdar.data.loading.llamafactory import pack_like_llamafactory
+from megatron_sdar.diffusion.rows import IGNORED_LABEL
 
 TRUNCATE_MODES = ("drop", "cut", "split")
 PACKING_ALGORITHMS = ("exact_fill", "llamafactory")
+PADDING_LABELS = ("learn", "ignore", "first")
 
 CutLengths = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
@@ -143,18 +145,27 @@ def pack_documents(
 
 
 def pad_to_block(
-    ids: NDArray[np.int32], labels: NDArray[np.int32], block_length: int, pad_id: int
+    ids: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    block_length: int,
+    pad_id: int,
+    padding_labels: str = "learn",
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """IDS and LABELS [n] with PAD_ID appended to both up to a multiple of BLOCK_LENGTH.
+    """IDS and LABELS [n] with PAD_ID appended to IDS up to a multiple of BLOCK_LENGTH.
 
-    The padding of a document is trained on (label = PAD_ID): it is how a model learns to end
-    inside a block.
+    By default the padding of a document is trained on (label = PAD_ID): it is how a model learns
+    to end inside a block. PADDING_LABELS "first" trains the first pad only, "ignore" none; what
+    is not trained is never masked and does not count in the loss's denominator.
     """
+    assert padding_labels in PADDING_LABELS, f"unvalidated block_padding_labels {padding_labels!r}"
     num_pads = -len(ids) % block_length
     if not num_pads:
         return ids, labels
     pads = np.full(num_pads, pad_id, dtype=np.int32)
-    return np.concatenate([ids, pads]), np.concatenate([labels, pads])
+    pad_labels = pads.copy()
+    if padding_labels != "learn":
+        pad_labels[1 if padding_labels == "first" else 0 :] = IGNORED_LABEL
+    return np.concatenate([ids, pads]), np.concatenate([labels, pad_labels])
 
 
 def check_row_size(capacity: int, block_length: int) -> None:

@@ -3,7 +3,8 @@
 One packed dataset gives the concatenation of one permutation per epoch, each keyed by (seed,
 epoch), so asking for more epochs changes nothing earlier. A blend deals positions to datasets
 by its schedule, and each runs through epochs of its own. Noise is drawn here, by counter, from
-(seed, epoch, document, piece).
+(seed, epoch, document, piece). The block length may grow at a row; rows are packed for the
+largest, so which documents share a row never depends on it.
 """
 
 from __future__ import annotations
@@ -21,40 +22,12 @@ from numpy.typing import NDArray
 from megatron_sdar.data.loading.blend import BlendSchedule
 from megatron_sdar.data.loading.documents import DocumentStore
 from megatron_sdar.data.loading.packing import PackedIndex, pad_to_block
-from megatron_sdar.diffusion.noise import NoiseKey, draw_noises, epoch_order
+from megatron_sdar.data.loading.row_options import RowOptions
+from megatron_sdar.diffusion.noise import NoiseKey, epoch_order
+from megatron_sdar.diffusion.noise_schedule import NoisyDocuments, draw_views
 from megatron_sdar.diffusion.rows import IGNORED_LABEL, Row, build_row, full_copies
 
 _LONGEST_IDENTITY = 100
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How documents become rows.
-
-    Attributes:
-        cutoff_len: document tokens of a row; the row has twice as many positions.
-        mask_token_id, pad_token_id: special tokens.
-        noise_eps: smallest masking probability.
-        seed: of noise and order.
-        shuffle: False keeps rows in pack order in every epoch.
-        semantics: "exact": blocks without a part in the loss are left out and rows are packed by
-            what is left (grouped_stream); "paper": both copies whole.
-        row_length: tokens of a row with semantics exact; None: room for the longest document
-            whatever its noise, (1 + num_views) * cutoff_len.
-        num_views, complementary_views: noisy copies per document, see `noise.draw_views`.
-    """
-
-    cutoff_len: int
-    block_length: int
-    mask_token_id: int
-    pad_token_id: int
-    noise_eps: float
-    seed: int
-    shuffle: bool = True
-    semantics: str = "paper"
-    row_length: int | None = None
-    num_views: int = 1
-    complementary_views: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +73,7 @@ class RowStream:
     ) -> None:
         self.parts = list(parts)
         self.options = options
+        self.noise = options.noise
         self.schedule = schedule
         weighed = 1 if schedule is None else schedule.num_datasets
         if weighed != len(self.parts):
@@ -110,6 +84,7 @@ class RowStream:
         shared = self.parts[0].store.datasets
         assert all(part.store.datasets == shared for part in parts), "parts number documents apart"
         self._order = lru_cache(maxsize=2 * len(self.parts))(self._make_order)
+        self._first_places = lru_cache(maxsize=2 * len(self.parts))(self._make_first_places)
 
     @property
     def num_rows(self) -> int:
@@ -122,7 +97,13 @@ class RowStream:
         Of a schedule, only the segments that have begun: later ones may be changed.
         """
         segments = None if self.schedule is None else self.schedule.until(position)
-        return {**self._fixed_identity, "blend": _brief(segments)}
+        begun = [
+            [first, length]
+            for first, length in self.options.block_lengths
+            if first < position or not first
+        ]
+        changing = {"blend": _brief(segments), "block_lengths": _brief(begun)}
+        return {**self._fixed_identity, **changing}
 
     @cached_property
     def _fixed_identity(self) -> dict[str, object]:
@@ -136,7 +117,7 @@ class RowStream:
 
     def place(self, position: int) -> tuple[int, int, int]:
         """(part, its epoch, its row) at a position."""
-        part, count = (0, position) if self.schedule is None else self.schedule.locate(position)
+        part, count = self._locate(position)
         return (part, *self.row_of(part, count))
 
     def row_of(self, part: int, count: int) -> tuple[int, int]:
@@ -144,12 +125,24 @@ class RowStream:
         epoch, place = divmod(count, len(self.parts[part].index))
         return epoch, int(self._order(part, epoch)[place]) if self.options.shuffle else place
 
+    def documents_before(self, part: int, count: int) -> int:
+        """Documents in the rows of the same epoch before one part's row with this number."""
+        epoch, place = divmod(count, len(self.parts[part].index))
+        return int(self._first_places(part, epoch)[place])
+
     def row_at(self, position: int) -> Row:
         """The row at a position of the stream."""
-        number, epoch, row = self.place(position)
+        number, count = self._locate(position)
+        epoch, row = self.row_of(number, count)
         part = self.parts[number]
-        document_ids = part.store.ids_at(part.index.row(row))
-        return self.make_row(document_ids, epoch, part.index.row_pieces(row), part=number)
+        return self.make_row(
+            part.store.ids_at(part.index.row(row)),
+            epoch,
+            part.index.row_pieces(row),
+            part=number,
+            first_place=self.documents_before(number, count),
+            block_length=self.options.block_length_at(position),
+        )
 
     def make_row(
         self,
@@ -158,6 +151,8 @@ class RowStream:
         pieces: NDArray[np.int32] | None = None,
         *,
         part: int = 0,
+        first_place: int = 0,
+        block_length: int | None = None,
     ) -> Row:
         """Truncate, pad, noise and lay out documents as one row.
 
@@ -166,32 +161,51 @@ class RowStream:
             epoch: of the noise.
             pieces: int32 [D], which part of its document each is; None: the first.
             part: whose truncation applies.
+            first_place: of the first document in the order of its epoch (`documents_before`);
+                stratified noise follows from it.
+            block_length: None: that of the options.
 
         Raises:
             ValueError: damaged token files; documents that do not fit in a row.
         """
-        options, block = self.options, self.options.block_length
+        options, block = self.options, block_length or self.options.block_length
         numbers = document_ids.tolist()
         piece_numbers = [0] * len(numbers) if pieces is None else pieces.tolist()
         padded = [
-            pad_to_block(*self.kept(self.parts[part], number, piece), block, options.pad_token_id)
+            self.tokens(part, number, piece, block)
             for number, piece in zip(numbers, piece_numbers, strict=True)
         ]
-        labels = np.concatenate([labels for _, labels in padded])
-        noises = draw_noises(
+        views = draw_views(
+            self.noise,
             NoiseKey(options.seed, epoch),
-            numbers,
-            piece_numbers,
-            [ids.size for ids, _ in padded],
-            labels != IGNORED_LABEL,
-            options.noise_eps,
+            NoisyDocuments(
+                numbers,
+                piece_numbers,
+                [part] * len(numbers),
+                range(first_place, first_place + len(numbers)),
+                [ids.size for ids, _ in padded],
+                np.concatenate([labels for _, labels in padded]) != IGNORED_LABEL,
+            ),
+            block,
         )
         documents = [
             full_copies(ids, labels, block, noise)
-            for (ids, labels), noise in zip(padded, noises, strict=True)
+            for (ids, labels), (noise,) in zip(padded, views, strict=True)
         ]
         return build_row(
             documents, 2 * options.cutoff_len, block, options.mask_token_id, options.pad_token_id
+        )
+
+    def tokens(
+        self, part: int, document_id: int, piece: int, block_length: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """ids and labels of a document (of one piece of it), truncated and padded to blocks."""
+        options = self.options
+        return pad_to_block(
+            *self.kept(self.parts[part], document_id, piece),
+            block_length,
+            options.pad_token_id,
+            options.block_padding_labels,
         )
 
     def kept(
@@ -213,6 +227,17 @@ class RowStream:
         ranges = part.store.cut_ranges(document_id, limit)
         kept = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         return ids[kept], labels[kept]
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(part, which of its rows over all epochs) at a position."""
+        return (0, position) if self.schedule is None else self.schedule.locate(position)
+
+    def _make_first_places(self, part: int, epoch: int) -> NDArray[np.int64]:
+        """Documents before each row of an epoch, int64 [rows]."""
+        sizes = np.diff(self.parts[part].index.row_offsets)
+        if self.options.shuffle:
+            sizes = sizes[self._order(part, epoch)]
+        return np.cumsum(sizes) - sizes
 
     def _make_order(self, part: int, epoch: int) -> NDArray[np.int64]:
         return epoch_order(len(self.parts[part].index), self.options.seed, epoch, part)

@@ -98,6 +98,14 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
 
 
+def checked_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Every record batch of an Arrow stream; ValueError names a file that is damaged."""
+    with _naming_damage(file):
+        for batch in _stream_batches(file):
+            batch.validate(full=True)
+            yield batch
+
+
 def _stream_batches(file: Path) -> Iterator[pa.RecordBatch]:
     with pa.OSFile(str(file)) as source:
         size = source.size()

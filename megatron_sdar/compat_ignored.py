@@ -1,0 +1,153 @@
+"""LLaMA-Factory and transformers keys that cannot change what is trained, with reasons.
+
+Every key of LLaMA-Factory 0.9.4 to 0.9.6 and of transformers' TrainingArguments (4.52 to 5) that is
+not a key of this trainer stands here, among compat's mapped keys, or in compat_refused. A key
+belongs here only if dropping it leaves the weights that a run ends with the same.
+"""
+
+from collections.abc import Mapping
+
+_REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("SDAR is text only, it has no vision tower", ("freeze_vision_tower",)),
+    ("SDAR is text only, it has no projector", ("freeze_multi_modal_projector",)),
+    ("it has no effect on text SDAR in LLaMA-Factory either", ("freeze_language_model",)),
+    (
+        "SDAR is text only",
+        (
+            "media_dir", "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan",
+            "crop_to_patches", "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen",
+            "use_audio_in_video", "audio_sampling_rate",
+        ),
+    ),
+    ("throughput is measured by this trainer", ("include_tokens_per_second",)),
+    ("tokens are counted without being asked", ("include_num_input_tokens_seen",)),
+    # Data.
+    (
+        "documents are tokenised as a stream, packed over the whole set",
+        ("preprocessing_batch_size",),
+    ),
+    (
+        "documents are tokenised once, in flat memory, and read from disk; nothing is lost by it",
+        ("streaming",),
+    ),
+    ("the order is a shuffle of the whole set, not of a buffer", ("buffer_size",)),
+    ("seed sets the order too", ("data_seed",)),
+    ("each node checks the tokenised data it sees", ("data_shared_file_system",)),
+    ("the tokenizers library is always used", ("use_fast_tokenizer",)),
+    ("tool calls are written as the template says", ("tool_format",)),
+    ("row tails never enter the loss", ("ignore_pad_token_for_loss",)),
+    ("rows are packed, so documents need no grouping", ("group_by_length", "length_column_name")),
+    ("rows are shuffled", ("train_sampling_strategy",)),
+    ("columns are named by dataset_info.json", ("remove_unused_columns", "label_names")),
+    ("a resumed run always goes on where its data stopped", ("ignore_data_skip",)),
+    (
+        "the loader decides, results do not depend on it",
+        (
+            "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context", "dataloader_in_order", "dispatch_batches",
+            "split_batches", "accelerator_config", "parallelism_config",
+        ),
+    ),
+    ("every step has the same number of rows", ("dataloader_drop_last",)),
+    # Model and memory.
+    ("attention_backend chooses the kernel, results do not depend on it", ("flash_attn",)),
+    (
+        "this trainer has its own kernels, see fused_kernels and attention_backend",
+        (
+            "enable_liger_kernel", "use_liger_kernel", "liger_kernel_config", "use_unsloth",
+            "use_v1_kernels",
+        ),
+    ),
+    (
+        "recompute_granularity says what is recomputed",
+        ("use_unsloth_gc", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ),
+    ("recomputation is never reentrant", ("use_reentrant_gc",)),
+    ("weights are float32, and norms and the loss are computed in it",
+     ("upcast_layernorm", "upcast_lmhead_output")),
+    ("FlexAttention is all that is compiled, and only where that is faster",
+     ("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo", "use_ipex",
+      "jit_mode_eval")),
+    ("products of float32 are computed in float32; bf16: true makes them faster", ("tf32",)),
+    ("bf16: true is the only reduced precision",
+     ("half_precision_backend", "fp16_backend", "fp16_opt_level", "bf16_full_eval",
+      "fp16_full_eval", "fp8_backend", "fp8_enable_fsdp_float8_all_gather")),
+    ("nothing is downloaded or uploaded",
+     ("cache_dir", "model_revision", "hf_hub_token", "ms_hub_token", "om_hub_token", "hub_token",
+      "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+      "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token")),
+    ("every rank reads only its own slices of the weights",
+     ("low_cpu_mem_usage", "offload_folder")),
+    ("weights are shown by the checkpoint tools", ("print_param_status",)),
+    ("SDAR trains without a key/value cache", ("use_cache", "use_kv_cache")),
+    ("dense models have no router", ("moe_aux_loss_coef",)),
+    ("no token is added", ("init_special_tokens",)),
+    ("without quantization_bit it does nothing",
+     ("quantization_method", "quantization_type", "double_quantization",
+      "quantization_device_map")),
+    ("freed memory is kept for the next step", ("torch_empty_cache_steps",)),
+    # Optimizer and loss.
+    ("one denominator for all ranks, see loss_normalization", ("average_tokens_across_devices",)),
+    ("it belongs to an optimizer that is not used",
+     ("optim_args", "optim_target_modules", "galore_target", "galore_rank",
+      "galore_update_interval", "galore_scale", "galore_proj_type", "galore_layerwise",
+      "apollo_target", "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj",
+      "apollo_proj_type", "apollo_scale_type", "apollo_layerwise", "apollo_scale_front",
+      "badam_mode", "badam_start_block", "badam_switch_mode", "badam_switch_interval",
+      "badam_update_ratio", "badam_mask_mode", "badam_verbose")),
+    ("it belongs to a method that is not used",
+     ("oft_rank", "oft_block_size", "oft_target", "module_dropout", "pissa_iter", "pissa_convert",
+      "loraplus_lr_embedding", "asft_alpha", "eaft_alpha")),
+    ("it belongs to a training stage that is not available",
+     ("pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing",
+      "kto_chosen_weight", "kto_rejected_weight", "simpo_gamma", "ppo_buffer_size", "ppo_epochs",
+      "ppo_score_norm", "ppo_target", "ppo_whiten_rewards", "reward_model_type", "ld_alpha")),
+    # Parallelism.
+    ("FSDP2 and the collectives of this trainer decide",
+     ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+      "ddp_static_graph", "fsdp_config", "fsdp_min_num_params",
+      "fsdp_transformer_layer_cls_to_wrap", "overlap_param_gather", "overlap_grad_reduce",
+      "bias_activation_fusion", "apply_rope_fusion", "moe_grouped_gemm",
+      "moe_token_dispatcher_type")),
+    ("torchrun numbers the processes",
+     ("local_rank", "_n_gpu", "tpu_num_cores", "use_mps_device", "ray_scope")),
+    ("torchrun starts the processes",
+     ("ray_run_name", "ray_storage_path", "ray_storage_filesystem", "ray_num_workers",
+      "resources_per_worker", "placement_strategy", "ray_init_kwargs")),
+    # Output.
+    ("rank 0 writes the log and the progress",
+     ("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "logging_strategy")),
+    ("a loss that is not finite stops the run", ("logging_nan_inf_filter",)),
+    ("weights are always safetensors", ("save_safetensors",)),
+    ("every node sees one output_dir", ("save_on_each_node",)),
+    ("a checkpoint holds all that resuming needs",
+     ("restore_callback_states_from_checkpoint", "enable_jit_checkpoint")),
+    ("results repeat bit for bit without being asked", ("full_determinism",)),
+    ("it reports nothing about training",
+     ("debug", "skip_memory_metrics", "tpu_metrics_debug", "past_index", "mp_parameters",
+      "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")),
+    ("report_to: swanlab takes run_name, project_name and logging_dir; SWANLAB_MODE and "
+     "`swanlab login` say the rest",
+     ("swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode",
+      "swanlab_api_key", "swanlab_logdir", "swanlab_lark_webhook_url", "swanlab_lark_secret")),
+    # Evaluation and generation by other programs.
+    ("evaluation reports the diffusion loss, each set by itself",
+     ("compute_accuracy", "prediction_loss_only", "batch_eval_metrics", "include_for_metrics",
+      "include_inputs_for_metrics", "use_legacy_prediction_loop", "eval_do_concat_batches",
+      "eval_use_gather_object", "eval_accumulation_steps", "eval_num_beams")),
+    ("tools/generate.py decodes, with options of its own",
+     ("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens",
+      "repetition_penalty", "length_penalty", "skip_special_tokens", "generation_max_length",
+      "generation_num_beams", "generation_config", "sortish_sampler")),
+    ("inference engines have their own settings",
+     ("infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager",
+      "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction",
+      "sglang_tp_size", "sglang_config", "sglang_lora_backend", "kt_optimize_rule", "cpu_infer",
+      "chunk_size", "mode", "kt_maxlen", "kt_use_cuda_graph", "kt_mode", "kt_force_think")),
+    ("tools/convert_checkpoint.py exports",
+     ("export_dir", "export_size", "export_device", "export_quantization_bit",
+      "export_quantization_dataset", "export_quantization_nsamples", "export_quantization_maxlen",
+      "export_legacy_format", "export_hub_model_id")),
+)  # fmt: skip
+
+IGNORED: Mapping[str, str] = {key: reason for reason, keys in _REASONS for key in keys}

@@ -1,0 +1,1 @@
+"""`python -m megatron_sdar.doctor`: is this machine, and this configuration, ready to train?"""
