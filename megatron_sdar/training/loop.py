@@ -89,13 +89,15 @@ class TrainingRun:
         check_block_lengths(self.config, plan.total)
         self.say(describe_run(self.config, self.mesh, loader, plan.total))
         evaluator = prepare_evaluator(self.config, self.arch, self.mesh, parts, self.say)
-        epoch_before = loader.epoch
+        epoch_before, began = loader.epoch, time.monotonic()
         try:
             last_checkpoint = self._train(step, loader, log, plan, evaluator, resumed)
         finally:
             loader.close()
         if log.steps:
-            run_on_main(lambda: self._write_results(plan, loader, log, epoch_before), self.mesh)
+            rows = (loader.epoch - epoch_before) * loader.num_rows
+            took = time.monotonic() - began
+            run_on_main(lambda: self._write_results(plan, loader, log, rows, took), self.mesh)
         exported = self._best_checkpoint() or last_checkpoint
         if training.export_hf:
             run_on_main(lambda: self._export(exported), self.mesh)
@@ -286,16 +288,15 @@ class TrainingRun:
         return trainer_state(self.config, plan, loader, best, self.done, flops, own)
 
     def _write_results(
-        self, plan: StepPlan, loader: RowLoader, log: StepLog, epoch_before: float
+        self, plan: StepPlan, loader: RowLoader, log: StepLog, rows: float, seconds: float
     ) -> None:
-        rows = (loader.epoch - epoch_before) * loader.num_rows
         effective = None
         if self.config.reporting.include_effective_tokens_per_second:
             effective = rows * self.config.data.cutoff_len / self.mesh.world_size
         results = train_results(
             epoch=loader.epoch,
             train_loss=log.loss / log.steps,
-            seconds=log.logged.seconds,
+            seconds=seconds,
             rows=rows,
             steps=log.steps,
             flops=log.logged.work.flops,

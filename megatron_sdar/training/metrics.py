@@ -162,7 +162,7 @@ class Reporter:
             self._progress.stop()
         if self._log is not None:
             self._log.close()
-        self._trackers.close()
+        self._trackers.close(failed=error is not None)
 
     def advance(self, step: int) -> None:
         """Move the bar; called every step."""

@@ -35,6 +35,7 @@ def train_results(
 
     Args:
         train_loss: mean over these steps.
+        seconds: that they took, evaluations and saves between them included.
         rows: packed rows (of cutoff_len document tokens) that they took.
         flops: model FLOPs.
         effective_tokens: tokens of these rows, pads included, per process; None: not asked for.

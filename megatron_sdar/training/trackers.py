@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class Trackers:
@@ -50,10 +50,10 @@ class Trackers:
         for name in list(self._trackers):
             self._attempt(name, lambda tracker: tracker.log(step, metrics))
 
-    def close(self) -> None:
-        """Finish the runs; what they still hold is sent."""
+    def close(self, failed: bool = False) -> None:
+        """Finish the runs, as failed ones if they are; what they still hold is sent."""
         for name in list(self._trackers):
-            self._attempt(name, lambda tracker: tracker.close())
+            self._attempt(name, lambda tracker: tracker.close(failed))
         self._trackers.clear()
 
     def _attempt(self, name: str, what: Callable[[Tracker], None]) -> None:
@@ -166,8 +166,8 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    def close(self, failed: bool) -> None:
+        self._writer.close()  # it knows no state
 
 
 class _Wandb:
@@ -186,8 +186,8 @@ class _Wandb:
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _SwanLab:
@@ -206,8 +206,11 @@ class _SwanLab:
     def log(self, step: int, metrics: Metrics) -> None:
         self._module.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._module.finish()
+    def close(self, failed: bool) -> None:
+        if failed:
+            self._module.finish(state="crashed", error="see the output of the run")
+        else:
+            self._module.finish()
 
 
 class _Mlflow:
@@ -230,8 +233,8 @@ class _Mlflow:
     def log(self, step: int, metrics: Metrics) -> None:
         self._module.log_metrics(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._module.end_run()
+    def close(self, failed: bool) -> None:
+        self._module.end_run("FAILED" if failed else "FINISHED")
 
 
 _OPENERS: Mapping[str, Callable[..., Tracker]] = {

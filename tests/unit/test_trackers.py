@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_sdar.config import ReportingConfig
 from megatron_sdar.training import trackers
+from megatron_sdar.training.metrics import Reporter
 from megatron_sdar.training.trackers import open_trackers, wanted_trackers
 
 SETTINGS = {"learning_rate": 1e-3, "report_to": ("wandb",), "eval_steps": None} | {
@@ -106,7 +107,24 @@ def test_mlflow(tmp_path: Path, library: Library) -> None:
     parts = [call["value"] for call in library.told("log_params")]
     assert [len(part) for part in parts] == [100, 53], "mlflow takes 100 at once"
     assert library.told("log_metrics") == [{"value": {"train/loss": 2.0}, "step": 5}]
-    assert len(library.told("end_run")) == 2
+    assert [call["value"] for call in library.told("end_run")] == ["FINISHED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected"),
+    [
+        ("wandb", "finish", {"exit_code": 1}),
+        ("swanlab", "finish", {"state": "crashed", "error": "see the output of the run"}),
+        ("mlflow", "end_run", {"value": "FAILED"}),
+    ],
+)
+def test_a_run_that_ends_by_an_error_ends_as_failed(
+    tmp_path: Path, library: Library, name: str, call: str, expected: dict[str, Any]
+) -> None:
+    reporter = Reporter(tmp_path, 5, 0, begin(tmp_path, name))
+    with pytest.raises(FloatingPointError), reporter:
+        raise FloatingPointError("loss nan")
+    assert library.told(call) == [expected]
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_harms_nobody() -> None:
@@ -114,7 +132,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_harms_nobody() -> None:
         def log(self, step: int, metrics: trackers.Metrics) -> None:
             raise ConnectionError("no network")
 
-        def close(self) -> None:
+        def close(self, failed: bool) -> None:
             raise AssertionError("it is gone")
 
     class Sound:
@@ -124,7 +142,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_harms_nobody() -> None:
         def log(self, step: int, metrics: trackers.Metrics) -> None:
             self.steps.append(step)
 
-        def close(self) -> None:
+        def close(self, failed: bool) -> None:
             self.steps.append(-1)
 
     said: list[str] = []
