@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_sdar.config import describe_keys, load_config, validate
 from megatron_sdar.parallel.host_memory import keep_freed_memory
-from megatron_sdar.parallel.launch import leave_together
+from megatron_sdar.parallel.launch import leave_alone, leave_together
 from megatron_sdar.parallel.mesh import (
     build_mesh,
     check_launch,
@@ -21,6 +21,7 @@ from megatron_sdar.parallel.mesh import (
     start_process_group,
     stop_process_group,
 )
+from megatron_sdar.parallel.watchdog import StalledError
 from megatron_sdar.training.loop import TrainingRun
 from megatron_sdar.training.setup import check_schedule, resolve_architecture
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
         TrainingRun(config, arch, mesh).run()
     except (ValueError, OSError, FloatingPointError) as error:
         leave_together(str(error), launch)
+    except StalledError as error:
+        leave_alone(str(error), launch)
     del mesh
     stop_process_group()
 

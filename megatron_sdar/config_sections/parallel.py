@@ -41,6 +41,13 @@ class ParallelConfig:
         "LLaMA-Factory: its ZeRO stage sets data_parallel_sharding_strategy", None
     )
     ddp_timeout: int = key("seconds until a stalled collective fails", 1800, minimum=1)
+    watchdog_timeout: int | None = key(
+        "seconds without progress of a rank until all ranks write what they are doing to "
+        "output_dir/stalled-..., the missing ranks are named and the run ends; 0: never; default: "
+        "nine tenths of ddp_timeout, at most 1800",
+        None,
+        minimum=0,
+    )
     ddp_backend: str | None = key(
         "default: nccl on cuda, gloo on cpu", None, choices=("gloo", "nccl")
     )

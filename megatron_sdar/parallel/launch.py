@@ -76,7 +76,17 @@ def leave_together(message: str, launch: LaunchInfo) -> NoReturn:
         for text in _exchange(message, launch):
             print(f"error: {text}", file=sys.stderr)
     except RuntimeError:
-        print(f"rank {launch.rank}: error: {message}", file=sys.stderr)
+        leave_alone(message, launch)
+    _exit_with_error()
+
+
+def leave_alone(message: str, launch: LaunchInfo) -> NoReturn:
+    """Print this rank's error and exit with code 1: the others are not to be reached."""
+    print(f"rank {launch.rank}: error: {message}", file=sys.stderr)
+    _exit_with_error()
+
+
+def _exit_with_error() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     # Interpreter teardown with a live process group may abort and replace the exit code.

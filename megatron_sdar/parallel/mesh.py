@@ -101,6 +101,11 @@ class ParallelMesh:
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
+    def place(self) -> str:
+        """This rank's coordinates in words."""
+        return f"pp {self.pp_rank}, dp {self.dp_rank}, tp {self.tp_rank}"
+
+    @property
     def is_main(self) -> bool:
         """Global rank 0: the rank that prints and writes shared files."""
         return dist.get_rank() == 0
@@ -149,6 +154,28 @@ def start_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     return device
+
+
+def connect_store(prefix: str, timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the rendezvous store; a world of one has a store to itself.
+
+    Args:
+        prefix: of all keys.
+        timeout_seconds: until an operation on it fails.
+
+    Raises:
+        RuntimeError: it cannot be reached.
+    """
+    if not set(RENDEZVOUS) <= set(os.environ):
+        return dist.PrefixStore(prefix, dist.HashStore())
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(prefix, store)
 
 
 def build_mesh(

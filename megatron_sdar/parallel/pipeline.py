@@ -66,6 +66,9 @@ class PipelineExecutor:
         before_backward: called with (chunk, is_last_of_step) before each backward.
         passes_gradients: by chunk, whether the stage before it wants a gradient; default: all.
             A stage whose output has none runs no backward: nothing up to it is trained.
+
+    Attributes:
+        progress: told in words what begins; called for every action.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class PipelineExecutor:
         self.activation = activation
         self.before_backward = before_backward
         self.passes_gradients = passes_gradients or [True] * len(chunks)
+        self.progress: Callable[[str], None] = str  # somebody who does nothing with it
         self.channels = [Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
         if mesh.pipeline_groups is not None:
             connect(mesh, mesh.pipeline_groups)
@@ -107,6 +111,8 @@ class PipelineExecutor:
         for action in actions:
             key = (action.chunk, action.micro_batch)
             batch = batches[action.micro_batch]
+            direction = "backward" if action.kind == BACKWARD else "forward"
+            self.progress(f"{direction} of micro-batch {action.micro_batch}")
             sends = [(work, tensor) for work, tensor in sends if not work.is_completed()]
             if action.kind == BACKWARD:
                 remaining[action.chunk] -= 1
@@ -122,6 +128,7 @@ class PipelineExecutor:
             else:
                 total = total + output.detach().sum()
             inputs[key], outputs[key] = hidden, output
+        self.progress("waiting for its sends")
         for work, _ in sends:
             work.wait()
         return total

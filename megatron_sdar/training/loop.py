@@ -40,6 +40,7 @@ from megatron_sdar.training.results import (
     write_results,
 )
 from megatron_sdar.training.setup import check_block_lengths
+from megatron_sdar.training.stall_watch import make_watchdog
 from megatron_sdar.training.step import StepResult, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
@@ -67,6 +68,7 @@ class TrainingRun:
         self.adapter: AdapterOrigin | None = None
         self.best = make_best_model(config)
         self.first_loss = self.last_loss = math.nan
+        self.watchdog = make_watchdog(config.parallel, self.output_dir, mesh)
 
     def run(self) -> None:
         """Train to the last step and leave checkpoints, log, plot and export behind.
@@ -74,10 +76,16 @@ class TrainingRun:
         Raises:
             ValueError, OSError: a user's error.
             FloatingPointError: loss or gradients are not finite, on every rank.
+            StalledError: a rank is gone or does not come, where a collective said so.
 
         Collectives: all of training.
         """
+        with self.watchdog:
+            self._run()
+
+    def _run(self) -> None:
         started = time.monotonic()
+        self._begins("preparations")
         training = self.config.training
         candidates = run_on_main(self._choose_start, self.mesh)
         parts = prepare(self.config, self.arch, self.mesh, bool(candidates), self.say)
@@ -98,6 +106,7 @@ class TrainingRun:
             rows = (loader.epoch - epoch_before) * loader.num_rows
             took = time.monotonic() - began
             run_on_main(lambda: self._write_results(plan, loader, log, rows, took), self.mesh)
+        self._begins("the export")
         exported = self._best_checkpoint() or last_checkpoint
         if training.export_hf:
             run_on_main(lambda: self._export(exported), self.mesh)
@@ -155,6 +164,7 @@ class TrainingRun:
             return checkpoint
         run_on_main(self._trim_logs, self.mesh)
         self.say(log.describe())
+        step.progress = self.watchdog.beat
         writer = CheckpointWriter(
             self.config,
             self.arch,
@@ -186,6 +196,7 @@ class TrainingRun:
                         self._log(log, reporter, result, lr)  # the last step is always logged
                 if plan.saves(self.done) or self.best.stops:
                     is_last = self.done == plan.total or self.best.stops
+                    self.watchdog.beat("saving")
                     with log.paused():
                         state = self._state(plan, loader, log)
                         checkpoint = writer.save(self.done, state, is_last)
@@ -209,7 +220,12 @@ class TrainingRun:
         run_on_main(lambda: made.append(make()), self.mesh)
         return made[0] if made else nullcontext()
 
+    def _begins(self, phase: str) -> None:
+        """A phase in which ranks wait for another as long as it takes."""
+        self.watchdog.beat(phase, self.done, limited=False)
+
     def _step(self, step: TrainingStep, loader: RowLoader, lr: float, log: StepLog) -> StepResult:
+        self.watchdog.beat("waiting for rows", self.done + 1)
         position = loader.position
         rows = loader.next_step()
         try:
@@ -228,6 +244,7 @@ class TrainingRun:
 
     def _log(self, log: StepLog, reporter: Reporter | None, result: StepResult, lr: float) -> None:
         """Collective: all_reduce (dp)."""
+        self.watchdog.beat("logging")
         record = log.record(self.done, result, lr)
         if reporter is not None:
             reporter.log(record)
@@ -235,6 +252,7 @@ class TrainingRun:
     def _evaluate(
         self, evaluator: Evaluator, loader: RowLoader, reporter: Reporter | None
     ) -> dict[str, float]:
+        self._begins("an evaluation")
         if reporter is None:
             return evaluator.run(self.done, lambda rows: None)
         with reporter.evaluating(evaluator.num_rows) as advance:

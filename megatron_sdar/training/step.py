@@ -73,6 +73,7 @@ class TrainingStep:
     Attributes:
         parameters: those of this rank that are trained, by global name.
         before_update: called in every step when weights and moments are about to change.
+        progress: told in words what begins.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class TrainingStep:
         self.normalization = normalization
         self.max_grad_norm = max_grad_norm
         self.before_update: Callable[[], None] = _nothing
+        self.progress: Callable[[str], None] = str  # somebody who does nothing with it
         self.parameters = trained_parameters(stages)
         self.dropout_seed = dropout_seed
         self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
@@ -132,7 +134,9 @@ class TrainingStep:
         batches = [
             self._batch(row, scale) for row, scale in zip(micro_batches, scales, strict=True)
         ]
+        self.executor.progress = self.progress
         local_loss = self.executor.run(batches)
+        self.progress("sums of gradients")
         gradients = local_gradients(self.parameters)
         sum_partial_gradients(gradients, self.partial_names, self.mesh)
         sum_tied_gradients(gradients, self.tied_name, self.mesh)
@@ -163,6 +167,7 @@ class TrainingStep:
             FloatingPointError: on every rank, before any weight changes, when the loss or the
                 gradient norm is not finite.
         """
+        self.progress("count of labels")
         self.optimizer.zero_grad(keep=self.keeps_gradients)
         loss_tensor, label_tokens = self.backward(micro_batches)
         gradients = local_gradients(self.parameters)
@@ -173,6 +178,7 @@ class TrainingStep:
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
+        self.progress("update of weights")
         self.before_update()
         self.optimizer.step(gradients, lr)
         if not self.keeps_gradients:

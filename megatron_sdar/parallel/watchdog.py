@@ -1,0 +1,292 @@
+"""A heartbeat per rank, and when one stops: every rank's stack, and who is missing.
+
+The main thread says where it is (`beat`, which takes no time). A thread of each rank passes that
+on through the rendezvous store every two seconds; rank 0's watches all of them, the others watch
+rank 0. When a rank is not heard of for `timeout` seconds, or says nothing new that long in a
+phase that has a limit, every rank that still can writes its stacks and collectives to a file,
+rank 0 names the ranks that the others wait for, and all leave with exit code 1, so that torchrun
+starts them again. Invariant: who waits in a collective is never blamed while somebody does not.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TextIO
+
+import torch.distributed as dist
+
+from megatron_sdar.parallel.flight_recorder import recorded_collectives
+from megatron_sdar.parallel.hang_report import RankState, describe_hang
+
+LONGEST_INTERVAL = 2.0
+ANSWER_SECONDS = 4.0  # in which ranks answer rank 0, and rank 0 tells them that it has reported
+_COLLECTIVES_FILES = ("distributed_c10d.py", "_functional_collectives.py")
+
+
+class StalledError(RuntimeError):
+    """Ranks wait for one that does not come; the message says what this rank knows."""
+
+
+@dataclass
+class _Seen:
+    """When rank 0 saw something new of a rank, by rank 0's clock."""
+
+    pulse: int
+    count: int
+    pulse_at: float
+    count_at: float
+
+
+class Watchdog:
+    """Watches the training of this rank and of all; a context manager.
+
+    Args:
+        store: of this object alone; keys are the run's.
+        rank, world_size: this rank among all.
+        place: where this rank is in the mesh, in words.
+        timeout: seconds.
+        directory: where ranks write what they were doing; made when they do.
+        leave: ends the process; tests pass their own.
+        err: where the report goes.
+        interval: seconds between two looks.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        place: str,
+        timeout: float,
+        directory: Path,
+        *,
+        leave: Callable[[int], object] = os._exit,
+        err: TextIO | None = None,
+        interval: float | None = None,
+    ) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._place, self._timeout, self._directory = place, timeout, directory
+        self._leave, self._err = leave, err or sys.stderr
+        self._interval = interval or min(LONGEST_INTERVAL, timeout / 4)
+        self._count, self._step, self._phase, self._is_limited = 0, 0, "starting", False
+        self._beat_at = time.monotonic()
+        self._pulse = 0
+        self._seen: dict[int, _Seen] = {}
+        self._reporting = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watched = threading.get_ident()
+
+    def beat(self, phase: str, step: int | None = None, *, limited: bool = True) -> None:
+        """The main thread is alive and begins this phase.
+
+        Args:
+            step: None: still the one said last.
+            limited: whether the phase may not take longer than the timeout.
+        """
+        self._step = self._step if step is None else step
+        self._phase, self._is_limited, self._beat_at = phase, limited, time.monotonic()
+        self._count += 1
+
+    def __enter__(self) -> Watchdog:
+        self._watched = threading.get_ident()
+        self._publish()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Raises StalledError in place of what a collective raised, once rank 0 has reported."""
+        if error is not None and is_from_collective(error):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            why = f"rank {self._rank} ({self._place}): {first}"
+            self._report(why, error)
+            raise StalledError(
+                f"step {self._step}, {self._phase}: {first}; the output of rank 0 and "
+                f"{self._directory} say what each rank was doing"
+            ) from error
+        self._stop.set()
+
+    def _watch(self) -> None:
+        reached_at = looked_at = time.monotonic()
+        while not self._stop.wait(self._interval):
+            now = time.monotonic()
+            if now - looked_at > 3 * self._interval + ANSWER_SECONDS:
+                self._forgive(now)  # this process was stopped: of the others nothing is known
+                reached_at = now
+            looked_at = now
+            try:
+                self._publish()
+                why = self._look(now)
+                reached_at = time.monotonic()
+            except RuntimeError as error:  # every error of a store
+                if time.monotonic() - reached_at < self._timeout or self._stop.is_set():
+                    continue
+                why = f"rank {self._rank} cannot reach the rendezvous store: {error}"
+            if why is not None and self._report(why, None):
+                self._leave(1)
+                return
+
+    def _publish(self) -> None:
+        self._pulse += 1
+        content = [self._pulse, self._count, self._is_limited]
+        self._store.set(f"beat/{self._rank}", json.dumps(content))
+
+    def _look(self, now: float) -> str | None:
+        """Why all must leave, None if they need not."""
+        if self._store.check(["report"]):  # a collective failed, or rank 0 noticed something
+            return self._store.get("report").decode()
+        watched = [0] if self._rank else list(range(self._world_size))
+        keys = [f"beat/{rank}" for rank in watched]
+        if not self._store.check(keys):
+            return None  # some have not entered training yet
+        for rank, value in zip(watched, self._store.multi_get(keys), strict=True):
+            pulse, count, limited = json.loads(value)
+            seen = self._seen.setdefault(rank, _Seen(-1, -1, now, now))
+            if pulse == seen.pulse:
+                continue
+            # As long as rank 0's thread lives, it speaks for all: the others ask for no more.
+            if count != seen.count or not limited or self._rank:
+                seen.count, seen.count_at = count, now
+            seen.pulse, seen.pulse_at = pulse, now
+        stalled = [
+            rank for rank, seen in self._seen.items() if now - seen.count_at >= self._timeout
+        ]
+        return f"nothing new from {_ranks(stalled)} for {self._timeout:g} s" if stalled else None
+
+    def _forgive(self, now: float) -> None:
+        for seen in self._seen.values():
+            seen.pulse_at = seen.count_at = now
+
+    def _report(self, why: str, error: BaseException | None) -> bool:
+        """Write what this rank does; on rank 0 gather what all do and say who is missing.
+
+        False: the other thread of this rank does so, or nobody watches any more.
+        """
+        with self._reporting:  # both may find out
+            if self._stop.is_set():
+                return False
+            self._stop.set()
+            state = self._own_state(error)
+            self._write(state)
+            try:
+                self._store.set(f"state/{self._rank}", json.dumps(asdict(state)))
+                if self._rank == 0:
+                    self._store.set("report", why)
+                    self._say(describe_hang(why, self._gather(), self._silent_for()))
+                    self._store.set("reported", "yes")
+                else:
+                    if not self._store.check(["report"]):
+                        self._store.set("report", why)
+                    self._wait_until_reported(why)
+            except RuntimeError as lost:
+                self._say(f"rank {self._rank}: error: {why}; nobody to tell ({lost})")
+            return True
+
+    def _wait_until_reported(self, why: str) -> None:
+        deadline = time.monotonic() + ANSWER_SECONDS + 2 * self._interval
+        while time.monotonic() < deadline:
+            if self._store.check(["reported"]):
+                return
+            time.sleep(0.05)
+        self._say(f"rank {self._rank}: error: {why}, and no report by rank 0")
+
+    def _gather(self) -> dict[int, RankState]:
+        """The states of all ranks that answer in time."""
+        missing = set(range(self._world_size))
+        states = {}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while missing and time.monotonic() < deadline:
+            for rank in sorted(missing):
+                if self._store.check([f"state/{rank}"]):
+                    states[rank] = RankState(**json.loads(self._store.get(f"state/{rank}")))
+            missing -= set(states)
+            time.sleep(0.05)
+        return states
+
+    def _silent_for(self) -> Mapping[int, float | None]:
+        """Seconds since each rank's thread was heard of; None: never."""
+        now = time.monotonic()
+        return {
+            rank: now - self._seen[rank].pulse_at if rank in self._seen else None
+            for rank in range(self._world_size)
+        }
+
+    def _own_state(self, error: BaseException | None) -> RankState:
+        collectives = recorded_collectives()
+        waits_in = waiting_in(sys._current_frames().get(self._watched))
+        if error is not None:
+            waits_in = "a collective that failed"
+        return RankState(
+            place=self._place,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            step=self._step,
+            phase=self._phase,
+            since=time.monotonic() - self._beat_at,
+            waits_in=waits_in or next(iter(collectives.unfinished), None),
+            last_collective=collectives.last,
+        )
+
+    def _write(self, state: RankState) -> None:
+        """The state, all stacks and the flight recorder's trace."""
+        path = self._directory / f"rank-{self._rank}.txt"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                for name, value in asdict(state).items():
+                    file.write(f"{name}: {value}\n")
+                file.write("\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write(f"\nflight recorder: {recorded_collectives().trace}\n")
+        except OSError as error:
+            self._say(f"rank {self._rank}: {path} cannot be written: {error}")
+
+    def _say(self, text: str) -> None:
+        self._err.write(text + "\n")
+        self._err.flush()
+
+
+def waiting_in(frame: FrameType | None) -> str | None:
+    """The function of torch.distributed that a stack is in, None if it is in none."""
+    found = None
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_COLLECTIVES_FILES):
+            found = frame.f_code.co_name
+        frame = frame.f_back
+    return found
+
+
+def is_from_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised it: a peer is gone, or did not come in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, StalledError):
+        return False
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(_COLLECTIVES_FILES):
+            return True
+        trace = trace.tb_next
+    return "gloo" in str(error).lower() or "nccl" in str(error).lower()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"
