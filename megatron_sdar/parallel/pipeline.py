@@ -66,6 +66,10 @@ class PipelineExecutor:
         before_backward: called with (chunk, is_last_of_step) before each backward.
         passes_gradients: by chunk, whether the stage before it wants a gradient; default: all.
             A stage whose output has none runs no backward: nothing up to it is trained.
+
+    Attributes:
+        micro_batch_outputs: on the last stage each micro-batch's output of the last run, by its
+            number (scalars, detached).
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class PipelineExecutor:
         self.activation = activation
         self.before_backward = before_backward
         self.passes_gradients = passes_gradients or [True] * len(chunks)
+        self.micro_batch_outputs: dict[int, Tensor] = {}
         self.channels = [Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
         if mesh.pipeline_groups is not None:
             connect(mesh, mesh.pipeline_groups)
@@ -104,6 +109,7 @@ class PipelineExecutor:
         outputs: dict[tuple[int, int], Tensor] = {}
         sends: list[tuple[dist.Work, Tensor]] = []
         total = torch.zeros((), device=self.mesh.device)
+        self.micro_batch_outputs = {}
         for action in actions:
             key = (action.chunk, action.micro_batch)
             batch = batches[action.micro_batch]
@@ -120,7 +126,9 @@ class PipelineExecutor:
                 sent = output.detach().contiguous()
                 sends.append(start_send(sent, channel.next_rank, channel.send_activation))
             else:
-                total = total + output.detach().sum()
+                summed = output.detach().sum()
+                self.micro_batch_outputs[action.micro_batch] = summed
+                total = total + summed
             inputs[key], outputs[key] = hidden, output
         for work, _ in sends:
             work.wait()

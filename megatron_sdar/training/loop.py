@@ -29,6 +29,7 @@ from megatron_sdar.training.best_model import make_best_model
 from megatron_sdar.training.checkpoints import CheckpointWriter, adapter_origin, resume
 from megatron_sdar.training.evaluation import SAMPLES_NAME, Evaluator
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, trim_log
+from megatron_sdar.training.nonfinite import SkippedSteps
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
@@ -40,7 +41,7 @@ from megatron_sdar.training.results import (
     write_results,
 )
 from megatron_sdar.training.setup import check_block_lengths
-from megatron_sdar.training.step import StepResult, TrainingStep
+from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
 from megatron_sdar.training.trackers import open_trackers, wanted_trackers
@@ -66,6 +67,7 @@ class TrainingRun:
         self.damaged: tuple[Path, ...] = ()
         self.adapter: AdapterOrigin | None = None
         self.best = make_best_model(config)
+        self.skipped = SkippedSteps(config, mesh)
         self.first_loss = self.last_loss = math.nan
 
     def run(self) -> None:
@@ -73,7 +75,7 @@ class TrainingRun:
 
         Raises:
             ValueError, OSError: a user's error.
-            FloatingPointError: loss or gradients are not finite, on every rank.
+            FloatingPointError: too many steps were not finite, on every rank.
 
         Collectives: all of training.
         """
@@ -104,7 +106,15 @@ class TrainingRun:
         seconds, losses = time.monotonic() - started, (self.first_loss, self.last_loss)
         self.say(
             summarize_run(
-                self.config, self.done, seconds, losses, log, self.best, last_checkpoint, exported
+                self.config,
+                self.done,
+                seconds,
+                losses,
+                log,
+                self.best,
+                last_checkpoint,
+                exported,
+                self.skipped,
             )
         )
 
@@ -130,6 +140,9 @@ class TrainingRun:
             log.load_state_dict(state["interval"])
             first_loss = state["first_loss"]
             self.first_loss = math.nan if first_loss is None else first_loss
+        if "skipped" in state:
+            self.skipped.load_state_dict(state["skipped"])
+            step.optimizer.set_step_count(self.done - len(self.skipped.steps))
         if "best" in state:
             self.best.load_state_dict(state["best"])
             self._forget_lost_best()
@@ -170,18 +183,20 @@ class TrainingRun:
             log.begin()
             while self.done < plan.total and not self.best.stops:
                 lr = plan.learning_rate(self.done)
-                result = self._step(step, loader, lr, log)
+                is_skipped = not self._step(step, loader, lr, log, checkpoint)
                 self.done += 1
                 if reporter is not None:
                     reporter.advance(self.done)
                 if plan.logs(self.done):
-                    self._log(log, reporter, result, lr)
+                    self._log(log, reporter, lr)
+                if is_skipped and self.skipped.is_exceeded:
+                    raise FloatingPointError(self._stop(writer, plan, loader, log))
                 if evaluator is not None and plan.evaluates(self.done):
                     with log.paused():
                         metrics = self._evaluate(evaluator, loader, reporter)
                     self.best.update(self.done, metrics, plan.saves(self.done))
                     if self.best.stops and not plan.logs(self.done):
-                        self._log(log, reporter, result, lr)  # the last step is always logged
+                        self._log(log, reporter, lr)  # the last step is always logged
                 if plan.saves(self.done) or self.best.stops:
                     is_last = self.done == plan.total or self.best.stops
                     with log.paused():
@@ -207,26 +222,40 @@ class TrainingRun:
         run_on_main(lambda: made.append(make()), self.mesh)
         return made[0] if made else nullcontext()
 
-    def _step(self, step: TrainingStep, loader: RowLoader, lr: float, log: StepLog) -> StepResult:
-        position = loader.position
+    def _step(
+        self,
+        step: TrainingStep,
+        loader: RowLoader,
+        lr: float,
+        log: StepLog,
+        checkpoint: Path | None,
+    ) -> bool:
+        """Run the next step; False: it was skipped, the weights are as before."""
         rows = loader.next_step()
         try:
             result = step.run(rows, lr)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {self.done + 1} (rows {position} to {loader.position - 1} of the stream) "
-                f"is not finite: {error}; no weight was changed. Lower learning_rate, or resume "
-                "from an earlier checkpoint with another seed"
-            ) from error
+        except NonFiniteStepError as error:
+            log.skip(rows)
+            self.say(self.skipped.add(self.done + 1, error, step, loader, lr, checkpoint))
+            return False
         log.add(rows, result)
         if math.isnan(self.first_loss):
             self.first_loss = result.loss
         self.last_loss = result.loss
-        return result
+        return True
 
-    def _log(self, log: StepLog, reporter: Reporter | None, result: StepResult, lr: float) -> None:
+    def _stop(
+        self, writer: CheckpointWriter, plan: StepPlan, loader: RowLoader, log: StepLog
+    ) -> str:
+        """Save behind the step that was one too many; returns why the run ends."""
+        checkpoint = None
+        if self.config.guards.save_skipped_step:
+            checkpoint = writer.save(self.done, self._state(plan, loader, log), is_last=True)
+        return self.skipped.message(checkpoint)
+
+    def _log(self, log: StepLog, reporter: Reporter | None, lr: float) -> None:
         """Collective: all_reduce (dp)."""
-        record = log.record(self.done, result, lr)
+        record = log.record(self.done, lr, len(self.skipped.steps))
         if reporter is not None:
             reporter.log(record)
 
@@ -263,6 +292,7 @@ class TrainingRun:
     def _trim_logs(self) -> None:
         for name in (LOG_NAME, SAMPLES_NAME):
             trim_log(self.output_dir / name, self.done)
+        self.skipped.forget_records_after(self.done)
 
     def _state(self, plan: StepPlan, loader: RowLoader, log: StepLog) -> dict[str, Any]:
         """What a checkpoint holds beside tensors; empty but on rank 0, which writes it.
@@ -272,8 +302,9 @@ class TrainingRun:
         own = {
             "loader": loader.state_dict(),
             "interval": log.state_dict(),
-            "first_loss": self.first_loss,
+            "first_loss": None if math.isnan(self.first_loss) else self.first_loss,
             "best": self.best.state_dict(),
+            "skipped": self.skipped.state_dict(),
         }
         state: dict[str, Any] = {}
         run_on_main(lambda: state.update(self._trainer_state(plan, loader, log, own)), self.mesh)
