@@ -46,6 +46,7 @@ from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
 from megatron_sdar.training.trackers import open_trackers, wanted_trackers
 from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
+from megatron_sdar.training.weight_check import WeightCheck
 
 
 class TrainingRun:
@@ -177,6 +178,7 @@ class TrainingRun:
             self.adapter,
             lambda: self.best.saved_step,
         )
+        check = WeightCheck(self.config, self.arch, self.mesh, step.stages, self.done, self.say)
         with self._reporting(plan.total) as reporter, writer:
             if evaluator is not None and self.config.evaluation.eval_on_start and not self.done:
                 self._evaluate(evaluator, loader, reporter)
@@ -185,6 +187,7 @@ class TrainingRun:
                 lr = plan.learning_rate(self.done)
                 is_skipped = not self._step(step, loader, lr, log, checkpoint)
                 self.done += 1
+                check.after_step(self.done)
                 if reporter is not None:
                     reporter.advance(self.done)
                 if plan.logs(self.done):

@@ -231,13 +231,21 @@ class RowLoader:
         else:
             group = self.grouped.start_at(position)
             source_rows = self.grouped.source_position(group, end)
-        row_at = self.stream.row_at if self.grouped is None else self.grouped.row_at
-        size = self.rows_per_micro_batch
-        batches = []
-        for micro_batch in range(self.num_micro_batches):
-            first = position + (micro_batch * self.dp_size + self.dp_rank) * size
-            batches.append(concatenate_rows([row_at(first + i) for i in range(size)]))
+        batches = [
+            self.micro_batch_at(position, micro_batch * self.dp_size + self.dp_rank)
+            for micro_batch in range(self.num_micro_batches)
+        ]
         return BuiltStep(batches, group, source_rows)
+
+    def micro_batch_at(self, position: int, number: int) -> Row:
+        """A micro-batch of the step that begins after `position` rows.
+
+        Args:
+            number: counted over all data-parallel ranks, see `last_step_documents`.
+        """
+        row_at = self.stream.row_at if self.grouped is None else self.grouped.row_at
+        first = position + number * self.rows_per_micro_batch
+        return concatenate_rows([row_at(first + i) for i in range(self.rows_per_micro_batch)])
 
     def make_row(self, document_ids: NDArray[np.int64], epoch: int) -> Row:
         """One row of whole documents as published, see `RowStream.make_row`."""
