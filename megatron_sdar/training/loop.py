@@ -30,6 +30,7 @@ from megatron_sdar.training.checkpoints import CheckpointWriter, adapter_origin,
 from megatron_sdar.training.evaluation import SAMPLES_NAME, Evaluator
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, trim_log
 from megatron_sdar.training.nonfinite import SkippedSteps
+from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
@@ -88,6 +89,7 @@ class TrainingRun:
         step, loader = parts.step, parts.loader
         log = StepLog(self.config, self.arch, self.mesh, loader)
         resumed = self._resume(candidates, step, loader, log) if candidates else None
+        check_parallel(self.config, self.mesh, parts, resumed, self.say)
         plan = make_plan(self.config, loader, self.mesh)
         check_block_lengths(self.config, plan.total)
         self.say(describe_run(self.config, self.mesh, loader, plan.total))
