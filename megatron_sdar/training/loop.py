@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_sdar.checkpoint.native import checkpoint_path
 from megatron_sdar.checkpoint.resumption import resume_candidates
 from megatron_sdar.checkpoint.run_directory import complete_checkpoints, incomplete_checkpoints
 from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
-from megatron_sdar.config import SdarConfig, to_flat_dict
+from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
@@ -34,18 +33,17 @@ from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
+from megatron_sdar.training.reporting import open_reporter, write_train_results
 from megatron_sdar.training.results import (
     EVAL_RESULTS_NAME,
-    TRAIN_RESULTS_NAME,
     replace_json,
-    train_results,
     write_results,
 )
 from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
-from megatron_sdar.training.trackers import open_trackers, wanted_trackers
+from megatron_sdar.training.trackers import wanted_trackers
 from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
 from megatron_sdar.training.weight_check import WeightCheck
 
@@ -96,12 +94,12 @@ class TrainingRun:
         evaluator = prepare_evaluator(self.config, self.arch, self.mesh, parts, self.say)
         epoch_before = loader.epoch
         try:
-            last_checkpoint = self._train(step, loader, log, plan, evaluator, resumed)
+            last = self._train(step, loader, log, plan, evaluator, resumed)
         finally:
             loader.close()
         if log.steps:
             run_on_main(lambda: self._write_results(plan, loader, log, epoch_before), self.mesh)
-        exported = self._best_checkpoint() or last_checkpoint
+        exported = self._best_checkpoint() or last
         if training.export_hf:
             run_on_main(lambda: self._export(exported), self.mesh)
         if training.plot_loss:
@@ -115,7 +113,7 @@ class TrainingRun:
                 losses,
                 log,
                 self.best,
-                last_checkpoint,
+                last,
                 exported,
                 self.skipped,
             )
@@ -181,7 +179,10 @@ class TrainingRun:
             lambda: self.best.saved_step,
         )
         check = WeightCheck(self.config, self.arch, self.mesh, step.stages, self.done, self.say)
-        with self._reporting(plan.total) as reporter, writer:
+        with (
+            open_reporter(self.config, self.mesh, plan.total, self.done, self.say) as reporter,
+            writer,
+        ):
             if evaluator is not None and self.config.evaluation.eval_on_start and not self.done:
                 self._evaluate(evaluator, loader, reporter)
             log.begin()
@@ -209,23 +210,6 @@ class TrainingRun:
                         checkpoint = writer.save(self.done, state, is_last)
         assert checkpoint is not None, "the last step is always saved"
         return checkpoint
-
-    def _reporting(self, total: int) -> AbstractContextManager[Reporter | None]:
-        """The reporter, on rank 0. Collective: broadcast_object_list (world)."""
-
-        def make() -> Reporter:
-            trackers = open_trackers(
-                self.config.reporting,
-                self.output_dir,
-                to_flat_dict(self.config),
-                self.done,
-                self.say,
-            )
-            return Reporter(self.output_dir, total, self.done, trackers)
-
-        made: list[Reporter] = []
-        run_on_main(lambda: made.append(make()), self.mesh)
-        return made[0] if made else nullcontext()
 
     def _step(
         self,
@@ -324,20 +308,7 @@ class TrainingRun:
     def _write_results(
         self, plan: StepPlan, loader: RowLoader, log: StepLog, epoch_before: float
     ) -> None:
-        rows = (loader.epoch - epoch_before) * loader.num_rows
-        effective = None
-        if self.config.reporting.include_effective_tokens_per_second:
-            effective = rows * self.config.data.cutoff_len / self.mesh.world_size
-        results = train_results(
-            epoch=loader.epoch,
-            train_loss=log.loss / log.steps,
-            seconds=log.logged.seconds,
-            rows=rows,
-            steps=log.steps,
-            flops=log.logged.work.flops,
-            effective_tokens=effective,
-        )
-        write_results(self.output_dir, TRAIN_RESULTS_NAME, results)
+        write_train_results(self.config, self.mesh, loader, log, epoch_before)
         state = self._trainer_state(plan, loader, log, None)
         replace_json(self.output_dir / TRAINER_STATE_NAME, state)
 

@@ -102,8 +102,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("check-four")
     make_demo_data(folder, 60)
-    jobs: list[Any] = []
+    base = arguments(folder, "base", max_steps=1, export_hf=True, **TP2_PP2)
+    jobs: list[Any] = [(run_with_faults, (base, Faults()))]
     for name, layout in FOUR.items():
+        if "finetuning_type" in layout:
+            keys = {"model_name_or_path": str(folder / "base"), "train_from_scratch": False}
+            layout = layout | keys
         jobs += both(folder, name, **layout)
     resumed = arguments(folder, "resumed", check_parallel=True, max_steps=4, **TP2_PP2)
     jobs += [
@@ -195,7 +199,7 @@ def test_differences_are_judged_relative_to_each_and_to_the_whole() -> None:
     assert found[0].name == "small"
     assert found[0].excess < 1, "rounding of the whole hides in it"
     found, _ = differences(numbers(large=1.001, small=1e-9), one, 1e-4)
-    assert [each.name for each in found if each.excess > 1] == ["large", "gradient norm"]
+    assert [each.name for each in found if each.excess > 1] == ["gradient norm", "large"]
     broken = replace(one, norms={"large": math.nan, "small": 1e-9})
     found, _ = differences(broken, one, 1e-4)
     assert (found[0].name, found[0].excess) == ("large", math.inf)

@@ -1,0 +1,55 @@
+"""A run's reporter and results files, made of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from megatron_sdar.config import SdarConfig, to_flat_dict
+from megatron_sdar.data.loading.loader import RowLoader
+from megatron_sdar.parallel.launch import run_on_main
+from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.training.metrics import Reporter
+from megatron_sdar.training.results import TRAIN_RESULTS_NAME, train_results, write_results
+from megatron_sdar.training.step_log import StepLog
+from megatron_sdar.training.trackers import open_trackers
+
+
+def open_reporter(
+    config: SdarConfig, mesh: ParallelMesh, total: int, done: int, say: Callable[[str], None]
+) -> AbstractContextManager[Reporter | None]:
+    """The reporter, on rank 0. Collective: broadcast_object_list (world)."""
+    output_dir = Path(config.training.output_dir)
+
+    def make() -> Reporter:
+        trackers = open_trackers(config.reporting, output_dir, to_flat_dict(config), done, say)
+        return Reporter(output_dir, total, done, trackers)
+
+    made: list[Reporter] = []
+    run_on_main(lambda: made.append(make()), mesh)
+    return made[0] if made else nullcontext()
+
+
+def write_train_results(
+    config: SdarConfig, mesh: ParallelMesh, loader: RowLoader, log: StepLog, epoch_before: float
+) -> None:
+    """Write train_results.json of what this start of the run trained (rank 0).
+
+    Args:
+        epoch_before: where it began.
+    """
+    rows = (loader.epoch - epoch_before) * loader.num_rows
+    effective = None
+    if config.reporting.include_effective_tokens_per_second:
+        effective = rows * config.data.cutoff_len / mesh.world_size
+    results = train_results(
+        epoch=loader.epoch,
+        train_loss=log.loss / log.steps,
+        seconds=log.logged.seconds,
+        rows=rows,
+        steps=log.steps,
+        flops=log.logged.work.flops,
+        effective_tokens=effective,
+    )
+    write_results(Path(config.training.output_dir), TRAIN_RESULTS_NAME, results)
