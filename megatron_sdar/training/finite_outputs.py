@@ -77,7 +77,7 @@ def is_finite(value: Any) -> bool:
         return all(map(is_finite, value))
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    return bool(torch.isfinite(local_tensor(value)).all())
+    return bool(torch.isfinite(local_tensor(value.detach())).all())
 
 
 def not_finite_parameters(stages: Sequence[nn.Module]) -> list[str]:
