@@ -7,6 +7,7 @@ which a step is left out by construction never computes it at all.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,3 +92,18 @@ def run_with_faults(arguments: Sequence[str], faults: Faults) -> None:
             said.append(f"error: {error}")
     output = Path(config.training.output_dir)
     (output / f"said-{dist.get_rank()}.txt").write_text("\n".join(said))
+
+
+def keep_only(folder: Path, source: str, target: str, step: int) -> None:
+    """Start TARGET from one checkpoint of SOURCE, and its log (on rank 0)."""
+    if dist.get_rank() == 0:
+        name = f"checkpoint-{step}"
+        shutil.copytree(folder / source / name, folder / target / name)
+        shutil.copy(folder / source / "trainer_log.jsonl", folder / target)
+    dist.barrier()
+
+
+def keep_text(output: Path) -> None:
+    """Keep what the first start said apart from what the second one will."""
+    path = output / f"said-{dist.get_rank()}.txt"
+    path.rename(path.with_name(f"first-{path.name}"))

@@ -46,9 +46,12 @@ FOUR = {
     },
     **{f"tp2_pp2_{name}": TP2_PP2 | keys for name, keys in PRECISIONS.items()},
 }  # fmt: skip
+# The layout of each mutant, and what the parameters that it breaks are called.
 BROKEN = {
-    "no_qk_norm_sum": ("tp2", TP2 | {"sequence_parallel": False}, r"(q|k)_norm"),
-    "local_denominator": ("dp2", {}, r"."),
+    "no_qk_norm_sum": (TP2 | {"sequence_parallel": False}, r"[qk]_norm"),
+    "local_denominator": ({}, r"."),
+    "no_partial_sum": (TP2, r"norm"),
+    "no_input_gradient_sum": (TP2 | {"sequence_parallel": False}, r"."),
 }
 
 
@@ -89,12 +92,21 @@ def both(folder: Path, name: str, **layout: Any) -> list[Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("check")
     make_demo_data(folder, 60)
-    jobs = both(folder, "dp2")
-    jobs += [
-        (run_mutated, (arguments(folder, mutant, check_parallel=True, **layout), mutant))
-        for mutant, (_, layout, _) in BROKEN.items()
-    ]
-    run_world(2, jobs, folder)
+    run_world(2, [*both(folder, "dp2"), broken(folder, "no_qk_norm_sum")], folder)
+    return folder
+
+
+def broken(folder: Path, mutant: str) -> Any:
+    layout, _ = BROKEN[mutant]
+    return (run_mutated, (arguments(folder, mutant, check_parallel=True, **layout), mutant))
+
+
+@pytest.fixture(scope="module")
+def more_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check-broken")
+    make_demo_data(folder, 60)
+    rest = [mutant for mutant in BROKEN if mutant != "no_qk_norm_sum"]
+    run_world(2, [broken(folder, mutant) for mutant in rest], folder)
     return folder
 
 
@@ -156,9 +168,18 @@ def test_a_right_layout_passes_and_the_run_is_the_same(runs: Path) -> None:
     assert len(table(text)) == 10, "loss, norm and the worst eight"
 
 
-@pytest.mark.parametrize("mutant", BROKEN)
-def test_a_defect_ends_the_run_by_name_before_it_trains(runs: Path, mutant: str) -> None:
-    _, _, names = BROKEN[mutant]
+def test_a_defect_ends_the_run_by_name_before_it_trains(runs: Path) -> None:
+    ended_by_name(runs, "no_qk_norm_sum")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("mutant", list(BROKEN)[1:])
+def test_other_defects_too(more_broken: Path, mutant: str) -> None:
+    ended_by_name(more_broken, mutant)
+
+
+def ended_by_name(runs: Path, mutant: str) -> None:
+    _, names = BROKEN[mutant]
     for rank in (0, 1):
         text = (runs / mutant / f"said-{rank}.txt").read_text()
         assert "error: check_parallel: this layout does not compute what one process" in text

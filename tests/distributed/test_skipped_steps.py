@@ -7,14 +7,12 @@ that was resumed behind it, or that stopped at it and went on.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from distributed.skipped_runs import Faults, run_with_faults
+from distributed.skipped_runs import Faults, keep_only, keep_text, run_with_faults
 from distributed.world import run_world
 
 from megatron_sdar.checkpoint.run_directory import read_marker
@@ -32,6 +30,11 @@ LAYOUTS = {
     "replicated": (2, {"data_parallel_sharding_strategy": "no_shard"}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
+# `make test` has no time for all.
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.torture] if name == "replicated" else [])
+    for name in LAYOUTS
+]
 SKIPPED = Faults(poisoned={3: 1, 4: 0})
 TIMES = ("elapsed_time", "remaining_time", "label_tokens_per_s", "row_tokens_per_s",
          "data_wait_share", "memory_mb")  # fmt: skip
@@ -48,33 +51,31 @@ def arguments(folder: Path, name: str, **changes: Any) -> list[str]:
     return [str(path)]
 
 
-def keep_only(folder: Path, source: str, target: str, step: int) -> None:
-    """Start TARGET from one checkpoint of SOURCE, and its log (on rank 0)."""
-    import torch.distributed as dist
-
-    if dist.get_rank() == 0:
-        name = f"checkpoint-{step}"
-        shutil.copytree(folder / source / name, folder / target / name)
-        shutil.copy(folder / source / "trainer_log.jsonl", folder / target)
-    dist.barrier()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("skipped")
     make_demo_data(folder, 60)
-    for world in (2, 4):
-        jobs: list[tuple[Any, tuple[object, ...]]] = []
-        for name, (size, layout) in LAYOUTS.items():
-            if size == world:
-                jobs += jobs_of(folder, name, layout)
-        if world == 2:
-            jobs += jobs_that_stop(folder)
-        run_world(world, jobs, folder)
+    run_world(2, jobs_of(folder, "fsdp") + jobs_that_stop(folder), folder)
+    run_world(4, jobs_of(folder, "tp2_pp2"), folder)
     return folder
 
 
-def jobs_of(folder: Path, name: str, layout: dict[str, Any]) -> list[Any]:
+@pytest.fixture(scope="module")
+def replicated_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("skipped-replicated")
+    make_demo_data(folder, 60)
+    run_world(2, jobs_of(folder, "replicated"), folder)
+    return folder
+
+
+@pytest.fixture
+def runs_of(name: str, request: pytest.FixtureRequest) -> Path:
+    """The folder of one layout's runs."""
+    return request.getfixturevalue("replicated_runs" if name == "replicated" else "runs")
+
+
+def jobs_of(folder: Path, name: str) -> list[Any]:
+    _, layout = LAYOUTS[name]
     skipping = arguments(folder, f"{name}-skipping", **layout)
     never = arguments(folder, f"{name}-never", **layout)
     resumed = arguments(folder, f"{name}-resumed", **layout)
@@ -103,14 +104,6 @@ def jobs_that_stop(folder: Path) -> list[Any]:
     ]
 
 
-def keep_text(output: Path) -> None:
-    """Keep what the first start said apart from what the second one will."""
-    import torch.distributed as dist
-
-    path = output / f"said-{dist.get_rank()}.txt"
-    path.rename(path.with_name(f"first-{path.name}"))
-
-
 def bits(run: Path, step: int = STEPS) -> dict[str, bytes]:
     """Weights and moments of a checkpoint."""
     folder = run / f"checkpoint-{step}"
@@ -130,25 +123,21 @@ def log(run: Path) -> list[dict[str, Any]]:
 def said(run: Path, size: int, prefix: str = "") -> list[str]:
     """What each rank was told; all the same."""
     texts = [(run / f"{prefix}said-{rank}.txt").read_text() for rank in range(size)]
-    lines = {re_timed(text) for text in texts}
-    assert len(lines) == 1, "ranks differ in what they know"
+    told = {tuple(line for line in text.splitlines() if "not finite" in line) for text in texts}
+    assert len(told) == 1, "ranks differ in what they know"
     return texts[0].splitlines()
-
-
-def re_timed(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if "not finite" in line)
 
 
 def record(run: Path, step: int) -> dict[str, Any]:
     return json.loads((run / f"skipped_steps/step-{step}.json").read_text())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_ranks_skip_and_end_with_the_bits_of_a_run_without_these_steps(
-    runs: Path, name: str
+    runs_of: Path, name: str
 ) -> None:
     size, _ = LAYOUTS[name]
-    skipping = runs / f"{name}-skipping"
+    skipping = runs_of / f"{name}-skipping"
     lines = said(skipping, size)
     told = [line for line in lines if "is not finite" in line]
     assert [line.split(" is")[0] for line in told] == ["step 3", "step 4"]
@@ -156,16 +145,16 @@ def test_all_ranks_skip_and_end_with_the_bits_of_a_run_without_these_steps(
     assert told[1].endswith("(2 skipped, max_skipped_steps: 3)")
     assert any(line.split() == ["skipped", "steps", "2,", "not", "finite:",
                                 str(skipping / "skipped_steps")] for line in lines)  # fmt: skip
-    assert bits(skipping) == bits(runs / f"{name}-never")
+    assert bits(skipping) == bits(runs_of / f"{name}-never")
     assert bits(skipping, 2) == bits(skipping, 4), "the steps between were skipped"
     assert bits(skipping, 4) != bits(skipping, 6)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resume_behind_a_skipped_step_is_bitwise_and_goes_on_counting(
-    runs: Path, name: str
+    runs_of: Path, name: str
 ) -> None:
-    skipping, resumed = runs / f"{name}-skipping", runs / f"{name}-resumed"
+    skipping, resumed = runs_of / f"{name}-skipping", runs_of / f"{name}-resumed"
     assert bits(resumed) == bits(skipping)
     logs = [
         [{key: value for key, value in line.items() if key not in TIMES} for line in log(run)]
@@ -184,10 +173,10 @@ def test_a_resume_behind_a_skipped_step_is_bitwise_and_goes_on_counting(
         ]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_record_names_rows_documents_and_gradients(runs: Path, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_names_rows_documents_and_gradients(runs_of: Path, name: str) -> None:
     size, layout = LAYOUTS[name]
-    run = runs / f"{name}-skipping"
+    run = runs_of / f"{name}-skipping"
     assert sorted(path.name for path in (run / "skipped_steps").iterdir()) == [
         "step-3.json", "step-4.json"]  # fmt: skip
     found = record(run, 4)
@@ -201,7 +190,7 @@ def test_the_record_names_rows_documents_and_gradients(runs: Path, name: str) ->
     assert rows == [[first, first + 1] for first in range(6 * dp, 8 * dp)]
     assert sum(batch["loss"] for batch in found["micro_batches"]) == pytest.approx(found["loss"])
     for batch in found["micro_batches"]:
-        assert {document["dataset"] for document in batch["documents"]} == {str(runs / "tokens")}
+        assert {document["dataset"] for document in batch["documents"]} == {str(runs_of / "tokens")}
     (parameter,) = found["not_finite_gradients"]
     assert 0 in found["not_finite_gradients"][parameter]
     assert found["loader"]["rows_taken"] == 6 * dp
@@ -235,9 +224,3 @@ def test_a_run_that_skipped_everything_leaves_valid_files(runs: Path) -> None:
     assert bits(run, 2)
     for name in ("checkpoint-2/trainer_state.json",):
         assert "NaN" not in (run / name).read_text()
-
-
-def test_ranks_were_poisoned_apart() -> None:
-    """The faults above are on one rank each, so that agreement is what is tested."""
-    faults: Sequence[int] = list(SKIPPED.poisoned.values())
-    assert sorted(faults) == [0, 1]
