@@ -65,11 +65,12 @@ class ReplayStart:
     def describe(self, number: int) -> str:
         """A line for the user about the weights of step `number`."""
         what = "the run's first weights" if self.checkpoint is None else str(self.checkpoint)
+        between = number - 1 - self.step
         if self.is_exact:
             return f"weights: {what}, exactly those of step {number}"
         return (
-            f"weights: {what}, {number - 1 - self.step} steps before those of step {number}; "
-            "--train-from-checkpoint runs these steps first"
+            f"weights: {what}, {between} step{'s' * (between > 1)} before those of step {number}; "
+            "--train-from-checkpoint runs what lies between"
         )
 
 

@@ -184,9 +184,9 @@ def replay_micro_batches(
         if start.checkpoint is not None:
             _load(start, config, arch, mesh, parts, trains)
         if trains:
-            say(f"training steps {start.step + 1} to {record.step - 1} first")
+            say(f"running steps {start.step + 1} to {record.step - 1} first")
             _train(start, config, mesh, parts, record)
-            start = replace(start, step=record.step - 1, is_exact=True)
+            start = replace(start, is_exact=True)
         say(start.describe(record.step))
     finally:
         parts.loader.close()

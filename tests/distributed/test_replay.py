@@ -88,16 +88,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_demo_data(folder, 60)
     first = arguments(folder, "first", train_from_scratch=True, max_steps=1, export_hf=True)
     poisoned = arguments(folder, "poisoned", model_name_or_path=str(folder / "first"))
-    sound = arguments(folder, "sound", train_from_scratch=True)
-    split = arguments(
-        folder, "split", "sound", train_from_scratch=True, tensor_model_parallel_size=2
-    )
-    record = folder / "sound/skipped_steps/step-3.json"
+    # Of step 5 neither checkpoint has the weights, and the first one lies behind a skipped step.
+    keys = {"train_from_scratch": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    sound = arguments(folder, "sound", **keys)
+    split = arguments(folder, "split", "sound", tensor_model_parallel_size=2, **keys)
+    record = folder / "sound/skipped_steps/step-5.json"
     jobs: list[Any] = [
         (run_with_faults, (first, Faults())),
         (poison_embedding, (folder,)),
         (run_with_faults, (poisoned, Faults())),
-        (run_with_faults, (sound, Faults(poisoned={3: 1}))),
+        (run_with_faults, (sound, Faults(poisoned={2: 0, 5: 1}))),
         (replay, (sound, record, 1, folder / "untrained.json", False)),
         (replay, (sound, record, 1, folder / "trained.json", True)),
         (replay, (split, record, 2, folder / "split.json", True)),
@@ -120,20 +120,19 @@ def replayed_losses(path: Path) -> list[float]:
 
 
 def test_the_rows_and_the_weights_of_the_step_come_back(runs: Path) -> None:
-    then = losses(runs / "sound/skipped_steps/step-3.json")
+    then = losses(runs / "sound/skipped_steps/step-5.json")
     assert len(then) == 6, "three micro-batches of two ranks"
     assert replayed_losses(runs / "trained.json") == pytest.approx(then, rel=1e-6)
     assert replayed_losses(runs / "split.json") == pytest.approx(then, rel=1e-4)
     _, said = read(runs / "trained.json")
-    assert "training steps 1 to 2 first" in said
-    assert f"weights: {runs / 'sound/checkpoint-4'}" not in said, "a step lies between"
-    assert "exactly those of step 3" in said
+    assert "running steps 4 to 4 first" in said
+    assert f"weights: {runs / 'sound/checkpoint-3'}, exactly those of step 5" in said
 
 
 def test_without_the_steps_between_it_says_how_far_the_weights_are(runs: Path) -> None:
-    then = losses(runs / "sound/skipped_steps/step-3.json")
+    then = losses(runs / "sound/skipped_steps/step-5.json")
     reports, said = read(runs / "untrained.json")
-    assert "weights: the run's first weights, 2 steps before those of step 3;" in said
+    assert f"{runs / 'sound/checkpoint-3'}, 1 step before those of step 5;" in said
     assert [report["loss"] for report in reports] != pytest.approx(then, rel=1e-3)
     assert all(report["module"] is None and not report["parameters"] for report in reports)
 
