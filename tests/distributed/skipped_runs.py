@@ -41,7 +41,8 @@ class Faults:
 
 
 @contextmanager
-def _in_place(faults: Faults) -> Iterator[None]:
+def in_place(faults: Faults) -> Iterator[None]:
+    """Steps in here have these faults."""
     now = {"step": 0}
     next_step, backward, run = RowLoader.next_step, TrainingStep.backward, TrainingStep.run
 
@@ -85,7 +86,7 @@ def run_with_faults(arguments: Sequence[str], faults: Faults) -> None:
     said: list[str] = []
     run = TrainingRun(config, arch, mesh)
     run.say = said.append
-    with _in_place(faults):
+    with in_place(faults):
         try:
             run.run()
         except (FloatingPointError, ValueError) as error:

@@ -20,7 +20,9 @@ from distributed.skipped_runs import Faults, run_with_faults
 from distributed.world import run_world
 
 from megatron_sdar.checkpoint.run_directory import read_marker
+from megatron_sdar.config import load_config
 from megatron_sdar.data.demo import make_demo_data
+from megatron_sdar.training.parallel_check import _run_one_process, one_process
 from megatron_sdar.training.step_numbers import StepNumbers, differences, format_differences
 
 SETTINGS = {
@@ -205,6 +207,13 @@ def test_a_resume_is_checked_with_the_checkpoints_weights(runs_of_four: Path) ->
     first = {line.split()[0]: line for line in table(said(runs_of_four / "tp2_pp2-checked"))}
     again = {line.split()[0]: line for line in table(text)}
     assert first["loss"] != again["loss"], "the weights have moved since"
+
+
+@pytest.mark.torture
+def test_what_the_one_process_says_is_told(tmp_path: Path) -> None:
+    config = load_config([*arguments(tmp_path, "absent"), "tokenized_path=null"])
+    with pytest.raises(ValueError, match=r"the one process ended with 1: error: .*model.*cannot r"):
+        _run_one_process(one_process(config, 2), 2, None)
 
 
 def numbers(**norms: float) -> StepNumbers:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from distributed.command import ROOT, run_python
-from distributed.skipped_runs import Faults, run_with_faults
+from distributed.skipped_runs import Faults, in_place, run_with_faults
 from distributed.world import run_world
 from safetensors.torch import load_file, save_file
 
@@ -82,6 +82,13 @@ def replay(given: Sequence[str], record: Path, tp: int, result: Path, trains: bo
         result.write_text(json.dumps({"reports": [asdict(r) for r in reports], "said": said}))
 
 
+def replay_on_a_faulty_device(given: Sequence[str], record: Path, result: Path) -> None:
+    """A step before the recorded one fails here, and did not in the run."""
+    with in_place(Faults(poisoned={4: 1})), pytest.raises(ValueError) as refused:
+        replay(given, record, 1, result, True)
+    result.with_suffix(f".{dist.get_rank()}").write_text(str(refused.value))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
@@ -101,6 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (replay, (sound, record, 1, folder / "untrained.json", False)),
         (replay, (sound, record, 1, folder / "trained.json", True)),
         (replay, (split, record, 2, folder / "split.json", True)),
+        (replay_on_a_faulty_device, (sound, record, folder / "faulty.json")),
     ]
     run_world(2, jobs, folder)
     return folder
@@ -135,6 +143,13 @@ def test_without_the_steps_between_it_says_how_far_the_weights_are(runs: Path) -
     assert f"{runs / 'sound/checkpoint-3'}, 1 step before those of step 5;" in said
     assert [report["loss"] for report in reports] != pytest.approx(then, rel=1e-3)
     assert all(report["module"] is None and not report["parameters"] for report in reports)
+
+
+def test_a_step_that_fails_only_here_ends_the_replay(runs: Path) -> None:
+    for rank in (0, 1):
+        text = (runs / f"faulty.{rank}").read_text()
+        assert text.startswith("step 4 is not finite here (loss ")
+        assert text.endswith("but was not skipped then; use the run's own layout and settings")
 
 
 def test_the_tool_names_the_guilty_micro_batches_and_the_module(runs: Path) -> None:
