@@ -136,8 +136,8 @@ class SkippedSteps:
             )
         return (
             f"{self._last}\n"
-            f"The run has {len(self.steps)} such steps, {self.steps}; max_skipped_steps is "
-            f"{limit}. `tools/replay_step.py CONFIG.yaml "
+            f"Steps of the run that were not finite: {self.steps}; max_skipped_steps is {limit}. "
+            f"`tools/replay_step.py CONFIG.yaml "
             f"{record_path(self._output_dir, number)}` finds the micro-batch and the module. "
             f"If it is the learning rate, lower it and resume from an earlier checkpoint. {onward}"
         )

@@ -8,6 +8,7 @@ nothing is left behind, so the run's numbers are those without the check, bit fo
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,12 @@ def _compare(
         ValueError: it does not, or failed.
     """
     expected = _run_one_process(one_process(config, count * dp_size), dp_size, checkpoint)
+    if not (math.isfinite(expected.loss) and math.isfinite(expected.grad_norm)):
+        raise ValueError(
+            f"check_parallel: one process has loss {expected.loss}, gradient norm "
+            f"{expected.grad_norm}: with these weights nothing can be compared; check the model "
+            "and the data, or set check_parallel: false"
+        )
     dtype = precision(config).compute
     tolerance = TOLERANCES[dtype]
     rows, unmatched = differences(found, expected, tolerance)

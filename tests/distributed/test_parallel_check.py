@@ -22,7 +22,7 @@ from distributed.world import run_world
 from megatron_sdar.checkpoint.run_directory import read_marker
 from megatron_sdar.config import load_config
 from megatron_sdar.data.demo import make_demo_data
-from megatron_sdar.training.parallel_check import _run_one_process, one_process
+from megatron_sdar.training import parallel_check
 from megatron_sdar.training.step_numbers import StepNumbers, differences, format_differences
 
 SETTINGS = {
@@ -213,7 +213,17 @@ def test_a_resume_is_checked_with_the_checkpoints_weights(runs_of_four: Path) ->
 def test_what_the_one_process_says_is_told(tmp_path: Path) -> None:
     config = load_config([*arguments(tmp_path, "absent"), "tokenized_path=null"])
     with pytest.raises(ValueError, match=r"the one process ended with 1: error: .*model.*cannot r"):
-        _run_one_process(one_process(config, 2), 2, None)
+        parallel_check._run_one_process(parallel_check.one_process(config, 2), 2, None)
+
+
+def test_a_model_that_is_not_finite_anyway_is_not_blamed_on_the_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(arguments(tmp_path, "nan"))
+    broken = replace(numbers(weight=1.0), loss=math.nan)
+    monkeypatch.setattr(parallel_check, "_run_one_process", lambda *arguments: broken)
+    with pytest.raises(ValueError, match="one process has loss nan, gradient norm 1"):
+        parallel_check._compare(broken, 2, config, 1, None)
 
 
 def numbers(**norms: float) -> StepNumbers:

@@ -201,7 +201,7 @@ def test_the_run_stops_behind_the_limit_and_the_same_command_goes_on(runs: Path)
     first = said(run, 2, "first-")
     error = [line for line in first if line.startswith("error: ")]
     assert error[0].startswith("error: step 4 is not finite: loss ")
-    assert "The run has 2 such steps, [2, 4]; max_skipped_steps is 1." in first[-1]
+    assert "Steps of the run that were not finite: [2, 4]; max_skipped_steps is 1." in first[-1]
     assert f"{run / 'checkpoint-4'} holds the weights: the same command goes on" in first[-1]
     again = said(run, 2)
     assert f"resumed from {run / 'checkpoint-4'}: step 4" in "\n".join(again)
