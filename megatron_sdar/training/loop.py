@@ -33,12 +33,8 @@ from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
-from megatron_sdar.training.reporting import open_reporter, write_train_results
-from megatron_sdar.training.results import (
-    EVAL_RESULTS_NAME,
-    replace_json,
-    write_results,
-)
+from megatron_sdar.training.reporting import evaluate, open_reporter, write_train_results
+from megatron_sdar.training.results import replace_json
 from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
@@ -103,7 +99,8 @@ class TrainingRun:
         if training.export_hf:
             run_on_main(lambda: self._export(exported), self.mesh)
         if training.plot_loss:
-            run_on_main(self._plot, self.mesh)
+            image = self.output_dir / "training_loss.png"
+            run_on_main(lambda: plot_loss(self.output_dir / LOG_NAME, image), self.mesh)
         seconds, losses = time.monotonic() - started, (self.first_loss, self.last_loss)
         self.say(
             summarize_run(
@@ -251,13 +248,7 @@ class TrainingRun:
     def _evaluate(
         self, evaluator: Evaluator, loader: RowLoader, reporter: Reporter | None
     ) -> dict[str, float]:
-        if reporter is None:
-            return evaluator.run(self.done, lambda rows: None)
-        with reporter.evaluating(evaluator.num_rows) as advance:
-            metrics = evaluator.run(self.done, advance)
-        reporter.log_evaluation(self.done, loader.epoch, metrics)
-        write_results(self.output_dir, EVAL_RESULTS_NAME, {"epoch": loader.epoch, **metrics})
-        return metrics
+        return evaluate(evaluator, reporter, self.output_dir, self.done, loader.epoch)
 
     def _best_checkpoint(self) -> Path | None:
         """The one that load_best_model_at_end asks for."""
@@ -315,9 +306,6 @@ class TrainingRun:
     def _export(self, checkpoint: Path) -> None:
         export = export_hf if self.adapter is None else export_adapter
         self.say(export(checkpoint, self.output_dir, into_existing=True).format())
-
-    def _plot(self) -> None:
-        plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
 
 
 def _print_line(text: str) -> None:

@@ -1,4 +1,4 @@
-"""A run's reporter and results files, made of its parts."""
+"""What the loop hands out: its reporter, its evaluations and its results files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from megatron_sdar.config import SdarConfig, to_flat_dict
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.training.evaluation import Evaluator
 from megatron_sdar.training.metrics import Reporter
-from megatron_sdar.training.results import TRAIN_RESULTS_NAME, train_results, write_results
+from megatron_sdar.training.results import (
+    EVAL_RESULTS_NAME,
+    TRAIN_RESULTS_NAME,
+    train_results,
+    write_results,
+)
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.trackers import open_trackers
 
@@ -29,6 +35,19 @@ def open_reporter(
     made: list[Reporter] = []
     run_on_main(lambda: made.append(make()), mesh)
     return made[0] if made else nullcontext()
+
+
+def evaluate(
+    evaluator: Evaluator, reporter: Reporter | None, output_dir: Path, done: int, epoch: float
+) -> dict[str, float]:
+    """The metrics after `done` steps, shown and written on rank 0. Collectives: the evaluator's."""
+    if reporter is None:
+        return evaluator.run(done, lambda rows: None)
+    with reporter.evaluating(evaluator.num_rows) as advance:
+        metrics = evaluator.run(done, advance)
+    reporter.log_evaluation(done, epoch, metrics)
+    write_results(output_dir, EVAL_RESULTS_NAME, {"epoch": epoch, **metrics})
+    return metrics
 
 
 def write_train_results(
