@@ -24,7 +24,7 @@ PYTEST_ARGS ?=
 CHECKED := megatron_sdar kernels tools tests $(wildcard pretrain_sdar.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-backends aot docs check format clean
+.PHONY: help venv demo test test-slow test-backends torture aot docs check format clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -56,13 +56,16 @@ demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about 9
 	@echo 'configs/tiny_cpu.yaml         what to change next'
 
 test: $(READY)  ## every test but the slow ones
-	$(PY) -m pytest -m 'not slow and not backends' $(PYTEST_ARGS)
+	$(PY) -m pytest -m 'not slow and not backends and not torture' $(PYTEST_ARGS)
 
 test-slow: $(READY)  ## the longer proofs
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 test-backends: $(READY)  ## every layout with FlexAttention and with Triton's interpreter
 	$(PY) -m pytest -m backends $(PYTEST_ARGS)
+
+torture: $(READY)  ## many kills, faults and malformed inputs
+	$(PY) -m pytest -m torture $(PYTEST_ARGS)
 
 aot: $(READY)  ## compile every shipped kernel for every architecture, no GPU needed
 	$(PY) tools/compile_kernels.py

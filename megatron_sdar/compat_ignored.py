@@ -117,7 +117,7 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Output.
     ("rank 0 writes the log and the progress",
      ("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "logging_strategy")),
-    ("a loss that is not finite stops the run", ("logging_nan_inf_filter",)),
+    ("steps that are not finite are skipped: max_skipped_steps", ("logging_nan_inf_filter",)),
     ("weights are always safetensors", ("save_safetensors",)),
     ("every node sees one output_dir", ("save_on_each_node",)),
     ("a checkpoint holds all that resuming needs",

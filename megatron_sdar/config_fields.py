@@ -11,6 +11,7 @@ from megatron_sdar.config_sections.data import DataConfig
 from megatron_sdar.config_sections.diffusion import DiffusionConfig
 from megatron_sdar.config_sections.evaluation import EvaluationConfig
 from megatron_sdar.config_sections.finetuning import FinetuningConfig
+from megatron_sdar.config_sections.guards import GuardConfig
 from megatron_sdar.config_sections.model import ModelConfig
 from megatron_sdar.config_sections.optim import OptimConfig
 from megatron_sdar.config_sections.parallel import ParallelConfig
@@ -35,6 +36,7 @@ class SdarConfig:
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     reporting: ReportingConfig = field(default_factory=ReportingConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -48,4 +50,5 @@ SECTION_TYPES: Mapping[str, type] = {
     "finetuning": FinetuningConfig,
     "evaluation": EvaluationConfig,
     "reporting": ReportingConfig,
+    "guards": GuardConfig,
 }

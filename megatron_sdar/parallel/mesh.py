@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 CONTROL_TIMEOUT = timedelta(days=7)
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Beginnings of the names of torchrun's other variables.
+_TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,17 @@ def read_launch_info() -> LaunchInfo:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def environment_of_one_process() -> dict[str, str]:
+    """This process's environment without what torchrun put there: for a child that is a world
+    of its own. It finds modules where this process does."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RENDEZVOUS and not name.startswith(_TORCHRUN)
+    }
+    return kept | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
 def start_process_group(

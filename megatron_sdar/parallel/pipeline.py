@@ -69,6 +69,8 @@ class PipelineExecutor:
 
     Attributes:
         progress: told in words what begins; called for every action.
+        micro_batch_outputs: on the last stage each micro-batch's output of the last run, by its
+            number (scalars, detached).
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class PipelineExecutor:
         self.activation = activation
         self.before_backward = before_backward
         self.passes_gradients = passes_gradients or [True] * len(chunks)
-        self.progress: Callable[[str], None] = str  # somebody who does nothing with it
+        self.progress: Callable[[str], None] = ignore
+        self.micro_batch_outputs: dict[int, Tensor] = {}
         self.channels = [Channel(mesh, chunk, len(chunks)) for chunk in range(len(chunks))]
         if mesh.pipeline_groups is not None:
             connect(mesh, mesh.pipeline_groups)
@@ -108,6 +111,7 @@ class PipelineExecutor:
         outputs: dict[tuple[int, int], Tensor] = {}
         sends: list[tuple[dist.Work, Tensor]] = []
         total = torch.zeros((), device=self.mesh.device)
+        self.micro_batch_outputs = {}
         for action in actions:
             key = (action.chunk, action.micro_batch)
             batch = batches[action.micro_batch]
@@ -126,7 +130,9 @@ class PipelineExecutor:
                 sent = output.detach().contiguous()
                 sends.append(start_send(sent, channel.next_rank, channel.send_activation))
             else:
-                total = total + output.detach().sum()
+                summed = output.detach().sum()
+                self.micro_batch_outputs[action.micro_batch] = summed
+                total = total + summed
             inputs[key], outputs[key] = hidden, output
         self.progress("waiting for its sends")
         for work, _ in sends:
@@ -161,6 +167,11 @@ class PipelineExecutor:
             assert hidden.grad is not None, "the stage did not use its input"
             grad = hidden.grad.contiguous()
             sends.append(start_send(grad, channel.previous_rank, channel.send_gradient))
+
+
+def ignore(phase: str) -> None:
+    """Nobody wants to know what begins."""
+    del phase
 
 
 def activation_buffer(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_sdar.checkpoint.native import checkpoint_path
 from megatron_sdar.checkpoint.resumption import resume_candidates
 from megatron_sdar.checkpoint.run_directory import complete_checkpoints, incomplete_checkpoints
 from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
-from megatron_sdar.config import SdarConfig, to_flat_dict
+from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
@@ -29,23 +28,21 @@ from megatron_sdar.training.best_model import make_best_model
 from megatron_sdar.training.checkpoints import CheckpointWriter, adapter_origin, resume
 from megatron_sdar.training.evaluation import SAMPLES_NAME, Evaluator
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, trim_log
+from megatron_sdar.training.nonfinite import SkippedSteps
+from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
-from megatron_sdar.training.results import (
-    EVAL_RESULTS_NAME,
-    TRAIN_RESULTS_NAME,
-    replace_json,
-    train_results,
-    write_results,
-)
+from megatron_sdar.training.reporting import evaluate, open_reporter, write_train_results
+from megatron_sdar.training.results import replace_json
 from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.stall_watch import make_watchdog
-from megatron_sdar.training.step import StepResult, TrainingStep
+from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
-from megatron_sdar.training.trackers import open_trackers, wanted_trackers
+from megatron_sdar.training.trackers import wanted_trackers
 from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
+from megatron_sdar.training.weight_check import WeightCheck
 
 
 class TrainingRun:
@@ -67,6 +64,7 @@ class TrainingRun:
         self.damaged: tuple[Path, ...] = ()
         self.adapter: AdapterOrigin | None = None
         self.best = make_best_model(config)
+        self.skipped = SkippedSteps(config, mesh)
         self.first_loss = self.last_loss = math.nan
         self.watchdog = make_watchdog(config.parallel, self.output_dir, mesh)
 
@@ -75,7 +73,7 @@ class TrainingRun:
 
         Raises:
             ValueError, OSError: a user's error.
-            FloatingPointError: loss or gradients are not finite, on every rank.
+            FloatingPointError: too many steps were not finite, on every rank.
             StalledError: a rank is gone or does not come, where a collective said so.
 
         Collectives: all of training.
@@ -93,13 +91,14 @@ class TrainingRun:
         step, loader = parts.step, parts.loader
         log = StepLog(self.config, self.arch, self.mesh, loader)
         resumed = self._resume(candidates, step, loader, log) if candidates else None
+        check_parallel(self.config, self.mesh, parts, resumed, self.say)
         plan = make_plan(self.config, loader, self.mesh)
         check_block_lengths(self.config, plan.total)
         self.say(describe_run(self.config, self.mesh, loader, plan.total))
         evaluator = prepare_evaluator(self.config, self.arch, self.mesh, parts, self.say)
         epoch_before, began = loader.epoch, time.monotonic()
         try:
-            last_checkpoint = self._train(step, loader, log, plan, evaluator, resumed)
+            last = self._train(step, loader, log, plan, evaluator, resumed)
         finally:
             loader.close()
         if log.steps:
@@ -107,15 +106,24 @@ class TrainingRun:
             took = time.monotonic() - began
             run_on_main(lambda: self._write_results(plan, loader, log, rows, took), self.mesh)
         self._begins("the export")
-        exported = self._best_checkpoint() or last_checkpoint
+        exported = self._best_checkpoint() or last
         if training.export_hf:
             run_on_main(lambda: self._export(exported), self.mesh)
         if training.plot_loss:
-            run_on_main(self._plot, self.mesh)
+            image = self.output_dir / "training_loss.png"
+            run_on_main(lambda: plot_loss(self.output_dir / LOG_NAME, image), self.mesh)
         seconds, losses = time.monotonic() - started, (self.first_loss, self.last_loss)
         self.say(
             summarize_run(
-                self.config, self.done, seconds, losses, log, self.best, last_checkpoint, exported
+                self.config,
+                self.done,
+                seconds,
+                losses,
+                log,
+                self.best,
+                last,
+                exported,
+                self.skipped,
             )
         )
 
@@ -141,6 +149,9 @@ class TrainingRun:
             log.load_state_dict(state["interval"])
             first_loss = state["first_loss"]
             self.first_loss = math.nan if first_loss is None else first_loss
+        if "skipped" in state:
+            self.skipped.load_state_dict(state["skipped"])
+            step.optimizer.set_step_count(self.done - len(self.skipped.steps))
         if "best" in state:
             self.best.load_state_dict(state["best"])
             self._forget_lost_best()
@@ -176,24 +187,31 @@ class TrainingRun:
             self.adapter,
             lambda: self.best.saved_step,
         )
-        with self._reporting(plan.total) as reporter, writer:
+        check = WeightCheck(self.config, self.arch, self.mesh, step.stages, self.done, self.say)
+        with (
+            open_reporter(self.config, self.mesh, plan.total, self.done, self.say) as reporter,
+            writer,
+        ):
             if evaluator is not None and self.config.evaluation.eval_on_start and not self.done:
                 self._evaluate(evaluator, loader, reporter)
             log.begin()
             while self.done < plan.total and not self.best.stops:
                 lr = plan.learning_rate(self.done)
-                result = self._step(step, loader, lr, log)
+                is_skipped = not self._step(step, loader, lr, log, checkpoint)
                 self.done += 1
+                check.after_step(self.done)
                 if reporter is not None:
                     reporter.advance(self.done)
                 if plan.logs(self.done):
-                    self._log(log, reporter, result, lr)
+                    self._log(log, reporter, lr)
+                if is_skipped and self.skipped.is_exceeded:
+                    raise FloatingPointError(self._stop(writer, plan, loader, log))
                 if evaluator is not None and plan.evaluates(self.done):
                     with log.paused():
                         metrics = self._evaluate(evaluator, loader, reporter)
                     self.best.update(self.done, metrics, plan.saves(self.done))
                     if self.best.stops and not plan.logs(self.done):
-                        self._log(log, reporter, result, lr)  # the last step is always logged
+                        self._log(log, reporter, lr)  # the last step is always logged
                 if plan.saves(self.done) or self.best.stops:
                     is_last = self.done == plan.total or self.best.stops
                     self.watchdog.beat("saving")
@@ -203,49 +221,46 @@ class TrainingRun:
         assert checkpoint is not None, "the last step is always saved"
         return checkpoint
 
-    def _reporting(self, total: int) -> AbstractContextManager[Reporter | None]:
-        """The reporter, on rank 0. Collective: broadcast_object_list (world)."""
-
-        def make() -> Reporter:
-            trackers = open_trackers(
-                self.config.reporting,
-                self.output_dir,
-                to_flat_dict(self.config),
-                self.done,
-                self.say,
-            )
-            return Reporter(self.output_dir, total, self.done, trackers)
-
-        made: list[Reporter] = []
-        run_on_main(lambda: made.append(make()), self.mesh)
-        return made[0] if made else nullcontext()
-
     def _begins(self, phase: str) -> None:
         """A phase in which ranks wait for another as long as it takes."""
         self.watchdog.beat(phase, self.done, limited=False)
 
-    def _step(self, step: TrainingStep, loader: RowLoader, lr: float, log: StepLog) -> StepResult:
+    def _step(
+        self,
+        step: TrainingStep,
+        loader: RowLoader,
+        lr: float,
+        log: StepLog,
+        checkpoint: Path | None,
+    ) -> bool:
+        """Run the next step; False: it was skipped, the weights are as before."""
         self.watchdog.beat("waiting for rows", self.done + 1)
-        position = loader.position
         rows = loader.next_step()
         try:
             result = step.run(rows, lr)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {self.done + 1} (rows {position} to {loader.position - 1} of the stream) "
-                f"is not finite: {error}; no weight was changed. Lower learning_rate, or resume "
-                "from an earlier checkpoint with another seed"
-            ) from error
+        except NonFiniteStepError as error:
+            log.skip(rows)
+            self.say(self.skipped.add(self.done + 1, error, step, loader, lr, checkpoint))
+            return False
         log.add(rows, result)
         if math.isnan(self.first_loss):
             self.first_loss = result.loss
         self.last_loss = result.loss
-        return result
+        return True
 
-    def _log(self, log: StepLog, reporter: Reporter | None, result: StepResult, lr: float) -> None:
+    def _stop(
+        self, writer: CheckpointWriter, plan: StepPlan, loader: RowLoader, log: StepLog
+    ) -> str:
+        """Save behind the step that was one too many; returns why the run ends."""
+        checkpoint = None
+        if self.config.guards.save_skipped_step:
+            checkpoint = writer.save(self.done, self._state(plan, loader, log), is_last=True)
+        return self.skipped.message(checkpoint)
+
+    def _log(self, log: StepLog, reporter: Reporter | None, lr: float) -> None:
         """Collective: all_reduce (dp)."""
         self.watchdog.beat("logging")
-        record = log.record(self.done, result, lr)
+        record = log.record(self.done, lr, len(self.skipped.steps))
         if reporter is not None:
             reporter.log(record)
 
@@ -253,13 +268,7 @@ class TrainingRun:
         self, evaluator: Evaluator, loader: RowLoader, reporter: Reporter | None
     ) -> dict[str, float]:
         self._begins("an evaluation")
-        if reporter is None:
-            return evaluator.run(self.done, lambda rows: None)
-        with reporter.evaluating(evaluator.num_rows) as advance:
-            metrics = evaluator.run(self.done, advance)
-        reporter.log_evaluation(self.done, loader.epoch, metrics)
-        write_results(self.output_dir, EVAL_RESULTS_NAME, {"epoch": loader.epoch, **metrics})
-        return metrics
+        return evaluate(evaluator, reporter, self.output_dir, self.done, loader.epoch)
 
     def _best_checkpoint(self) -> Path | None:
         """The one that load_best_model_at_end asks for."""
@@ -283,6 +292,7 @@ class TrainingRun:
     def _trim_logs(self) -> None:
         for name in (LOG_NAME, SAMPLES_NAME):
             trim_log(self.output_dir / name, self.done)
+        self.skipped.forget_records_after(self.done)
 
     def _state(self, plan: StepPlan, loader: RowLoader, log: StepLog) -> dict[str, Any]:
         """What a checkpoint holds beside tensors; empty but on rank 0, which writes it.
@@ -292,8 +302,9 @@ class TrainingRun:
         own = {
             "loader": loader.state_dict(),
             "interval": log.state_dict(),
-            "first_loss": self.first_loss,
+            "first_loss": None if math.isnan(self.first_loss) else self.first_loss,
             "best": self.best.state_dict(),
+            "skipped": self.skipped.state_dict(),
         }
         state: dict[str, Any] = {}
         run_on_main(lambda: state.update(self._trainer_state(plan, loader, log, own)), self.mesh)
@@ -308,28 +319,13 @@ class TrainingRun:
     def _write_results(
         self, plan: StepPlan, loader: RowLoader, log: StepLog, rows: float, seconds: float
     ) -> None:
-        effective = None
-        if self.config.reporting.include_effective_tokens_per_second:
-            effective = rows * self.config.data.cutoff_len / self.mesh.world_size
-        results = train_results(
-            epoch=loader.epoch,
-            train_loss=log.loss / log.steps,
-            seconds=seconds,
-            rows=rows,
-            steps=log.steps,
-            flops=log.logged.work.flops,
-            effective_tokens=effective,
-        )
-        write_results(self.output_dir, TRAIN_RESULTS_NAME, results)
+        write_train_results(self.config, self.mesh, loader, log, rows, seconds)
         state = self._trainer_state(plan, loader, log, None)
         replace_json(self.output_dir / TRAINER_STATE_NAME, state)
 
     def _export(self, checkpoint: Path) -> None:
         export = export_hf if self.adapter is None else export_adapter
         self.say(export(checkpoint, self.output_dir, into_existing=True).format())
-
-    def _plot(self) -> None:
-        plot_loss(self.output_dir / LOG_NAME, self.output_dir / "training_loss.png")
 
 
 def _print_line(text: str) -> None:

@@ -39,7 +39,7 @@ Advance = Callable[[int], None]
 # What trackers plot; the rest of a record counts and names.
 _TRACKED = (
     "loss", "grad_norm", "lr", "epoch", "label_tokens_per_s", "row_tokens_per_s",
-    "data_wait_share", "memory_mb", "mfu",
+    "data_wait_share", "memory_mb", "mfu", "skipped_steps",
 )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ class StepRecord:
     """One logged step; `loss` and the rates are means since the previous one.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done, skipped ones among them.
+        loss, grad_norm: None when all steps since the previous record were skipped.
         lr: learning rate this step used.
         epoch: passes over the data after this step.
         label_tokens_per_s: answer tokens trained per second.
@@ -58,11 +59,12 @@ class StepRecord:
         left_out: tokens that the published form of these documents has and exact left out.
         mfu: model FLOPs per second over the peak; None: not reported.
         memory_mb: the most memory that this process has held, MiB.
+        skipped_steps: steps of the run so far whose loss or gradient was not finite.
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     lr: float
     epoch: float
     label_tokens_per_s: float
@@ -72,6 +74,7 @@ class StepRecord:
     left_out: int
     mfu: float | None
     memory_mb: float
+    skipped_steps: int = 0
 
 
 def trim_log(path: Path, start_step: int) -> None:
@@ -174,10 +177,10 @@ class Reporter:
         elapsed = self._now() - self.started
         done = record.step - self.start_step
         remaining = elapsed / done * (self.total_steps - record.step)
-        line: dict[str, Any] = {
-            "step": record.step,
-            "loss": record.loss,
-            "grad_norm": record.grad_norm,
+        line: dict[str, Any] = {"step": record.step}
+        known = {"loss": record.loss, "grad_norm": record.grad_norm}
+        line |= {name: value for name, value in known.items() if value is not None}
+        line |= {
             "lr": record.lr,
             "epoch": round(record.epoch, 6),
             "current_steps": record.step,
@@ -193,6 +196,7 @@ class Reporter:
             "padding_tokens": record.work.padding,
             "left_out_tokens": record.left_out,
             "memory_mb": round(record.memory_mb, 1),
+            "skipped_steps": record.skipped_steps,
         }
         if record.mfu is not None:
             line["mfu"] = round(record.mfu, 6)
@@ -200,14 +204,19 @@ class Reporter:
         self._trackers.log(
             record.step, {f"train/{name}": line[name] for name in _TRACKED if name in line}
         )
-        status = (
-            f"loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.lr:.2e}  "
+        status = "skipped"
+        if record.loss is not None and record.grad_norm is not None:
+            status = f"loss {record.loss:.4f}  norm {record.grad_norm:.3f}"
+        status += (
+            f"  lr {record.lr:.2e}  "
             f"{record.label_tokens_per_s:,.0f} answer tok/s of "
             f"{record.row_tokens_per_s:,.0f}"
         )
         if record.mfu is not None:
             status += f"  MFU {record.mfu:.0%}"
         status += f"  {record.memory_mb / 1024:.1f} GiB"
+        if record.skipped_steps:
+            status += f"  {record.skipped_steps} skipped"
         if self._progress is not None:
             self._progress.status = status
             self._progress.update(self._task, completed=record.step)

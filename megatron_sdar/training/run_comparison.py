@@ -8,7 +8,7 @@ which comes from the scatter of the logged losses within each run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def read_losses(run: Path) -> RunLosses:
     numbered = [
         (number, record)
         for number, record in enumerate(read_log(path), start=1)
-        if not (isinstance(record, dict) and "eval_loss" in record)
+        if not (isinstance(record, dict) and _has_no_loss(record))
     ]
     if not numbered:
         raise ValueError(f"{path} holds no logged step: train further, or lower logging_steps")
@@ -93,6 +93,11 @@ def read_losses(run: Path) -> RunLosses:
         np.array([record["step"] for record in records], dtype=np.int64),
         np.array([record["loss"] for record in records], dtype=np.float64),
     )
+
+
+def _has_no_loss(record: Mapping[str, object]) -> bool:
+    """An evaluation's record, or one of steps that were all skipped."""
+    return "eval_loss" in record or ("loss" not in record and bool(record.get("skipped_steps")))
 
 
 def compare_runs(runs: Sequence[RunLosses], last: int) -> list[RunComparison]:

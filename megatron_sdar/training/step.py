@@ -7,7 +7,7 @@ loss and every gradient are those of one process that saw all rows of the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from megatron_sdar.parallel.gradients import (
 )
 from megatron_sdar.parallel.layers import partial_gradient_names
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel, sum_over_world
-from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor
+from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor, ignore
 from megatron_sdar.training.batch import row_seed, to_device
 
 
@@ -46,6 +46,18 @@ class StepResult:
     loss: float
     grad_norm: float
     label_tokens: int
+
+
+class NonFiniteStepError(FloatingPointError):
+    """Loss or gradient norm is not finite: on every rank, before any weight changed.
+
+    Attributes:
+        result: of the step. Its gradients are left in place until the next one.
+    """
+
+    def __init__(self, result: StepResult) -> None:
+        super().__init__(f"loss {result.loss}, gradient norm {result.grad_norm}")
+        self.result = result
 
 
 def named_parameters(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
@@ -95,7 +107,7 @@ class TrainingStep:
         self.normalization = normalization
         self.max_grad_norm = max_grad_norm
         self.before_update: Callable[[], None] = _nothing
-        self.progress: Callable[[str], None] = str  # somebody who does nothing with it
+        self.progress: Callable[[str], None] = ignore
         self.parameters = trained_parameters(stages)
         self.dropout_seed = dropout_seed
         self.partial_names = set().union(*(partial_gradient_names(s) for s in stages))
@@ -131,6 +143,10 @@ class TrainingStep:
         counts = [row.num_label_tokens for row in micro_batches]
         total_labels = int(sum_over_data_parallel(sum(counts), self.mesh))
         scales = micro_batch_scales(counts, total_labels, self.normalization, self.mesh.dp_size)
+        return self.backward_scaled(micro_batches, scales), total_labels
+
+    def backward_scaled(self, micro_batches: Sequence[Row], scales: Sequence[float]) -> Tensor:
+        """`backward` with each micro-batch's factor in the loss given; returns the loss."""
         batches = [
             self._batch(row, scale) for row, scale in zip(micro_batches, scales, strict=True)
         ]
@@ -140,7 +156,7 @@ class TrainingStep:
         gradients = local_gradients(self.parameters)
         sum_partial_gradients(gradients, self.partial_names, self.mesh)
         sum_tied_gradients(gradients, self.tied_name, self.mesh)
-        return self._share_loss(local_loss), total_labels
+        return self._share_loss(local_loss)
 
     def _batch(self, row: Row, scale: float) -> DeviceBatch:
         multiple = self.stages[0].options.loss_multiple(row.num_tokens, self.mesh.tp_size)
@@ -160,22 +176,34 @@ class TrainingStep:
             local_loss = torch.zeros_like(local_loss)
         return sum_over_world(local_loss)
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of an earlier step."""
+        self.optimizer.zero_grad(keep=self.keeps_gradients)
+
+    @property
+    def counted_elsewhere(self) -> set[str]:
+        """Parameters of this rank whose gradient another stage counts: a tied weight's copy."""
+        return {HEAD} if self.tied_name == HEAD else set()
+
+    def grad_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Norm over the whole model, float64. Collective: all_reduce (world)."""
+        device = self.mesh.device
+        return global_grad_norm(self.parameters, gradients, self.counted_elsewhere, device)
+
     def run(self, micro_batches: Sequence[Row], lr: float) -> StepResult:
         """One optimizer step.
 
         Raises:
-            FloatingPointError: on every rank, before any weight changes, when the loss or the
+            NonFiniteStepError: on every rank, before any weight changes, when the loss or the
                 gradient norm is not finite.
         """
         self.progress("count of labels")
-        self.optimizer.zero_grad(keep=self.keeps_gradients)
+        self.zero_grad()
         loss_tensor, label_tokens = self.backward(micro_batches)
         gradients = local_gradients(self.parameters)
-        counted_elsewhere = {HEAD} if self.tied_name == HEAD else set()
-        norm = global_grad_norm(self.parameters, gradients, counted_elsewhere, self.mesh.device)
-        loss, grad_norm = torch.stack((loss_tensor.double(), norm)).tolist()
+        loss, grad_norm = torch.stack((loss_tensor.double(), self.grad_norm(gradients))).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
+            raise NonFiniteStepError(StepResult(loss, grad_norm, label_tokens))
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
         self.progress("update of weights")

@@ -28,12 +28,15 @@ class Interval:
 
     Attributes:
         epoch: where it began.
+        steps, loss: of the steps that were not skipped.
+        grad_norm: of the last of these.
     """
 
     epoch: float
     steps: int = 0
     loss: float = 0.0
     work: WorkCounts = NOTHING
+    grad_norm: float | None = None
 
 
 @dataclass
@@ -91,10 +94,15 @@ class StepLog:
         """Count a step."""
         self._interval.steps += 1
         self._interval.loss += result.loss
+        self._interval.grad_norm = result.grad_norm
         self._own.label_tokens += result.label_tokens
         self._meter.add(rows)
         self.steps += 1
         self.loss += result.loss
+
+    def skip(self, rows: Sequence[Row]) -> None:
+        """Count the work of a step that was skipped: it has no part in the losses."""
+        self._meter.add(rows)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,8 +118,15 @@ class StepLog:
         self._own.work += work
         self.total_flops += work.flops
 
-    def record(self, done: int, result: StepResult, lr: float) -> StepRecord:
-        """The record of the steps since the last one. Collective: all_reduce (dp)."""
+    def record(self, done: int, lr: float, skipped_steps: int = 0) -> StepRecord:
+        """The record of the steps since the last one.
+
+        Args:
+            lr: of the step that is done.
+            skipped_steps: of the whole run so far.
+
+        Collective: all_reduce (dp).
+        """
         now, loader = time.monotonic(), self._loader
         waiting = loader.wait_seconds - self._waited
         self._own.seconds = now - self._mark
@@ -126,8 +141,8 @@ class StepLog:
         self._interval, self._own = Interval(loader.epoch), Throughput()
         return StepRecord(
             step=done,
-            loss=interval.loss / interval.steps,
-            grad_norm=result.grad_norm,
+            loss=interval.loss / interval.steps if interval.steps else None,
+            grad_norm=interval.grad_norm,
             lr=lr,
             epoch=loader.epoch,
             label_tokens_per_s=own.label_tokens / own.seconds,
@@ -137,6 +152,7 @@ class StepLog:
             left_out=left_out,
             mfu=self.mfu(own),
             memory_mb=memory_mb(self.device),
+            skipped_steps=skipped_steps,
         )
 
     def mfu(self, done: Throughput) -> float | None:
@@ -163,10 +179,12 @@ class StepLog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's sums."""
-        # Older checkpoints counted no work.
+        # Older checkpoints counted no work and kept no norm.
         work = WorkCounts(**state["work"]) if "work" in state else NOTHING
         epoch = state.get("epoch", self._loader.epoch)
-        self._interval = Interval(epoch, state["steps"], state["loss"], work)
+        self._interval = Interval(
+            epoch, state["steps"], state["loss"], work, state.get("grad_norm")
+        )
         self.total_flops = state.get("total_flops", 0)
 
 

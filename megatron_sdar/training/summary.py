@@ -11,6 +11,7 @@ from megatron_sdar.parallel.mesh import ParallelMesh
 from megatron_sdar.training.best_model import BestModel
 from megatron_sdar.training.evaluation import SAMPLES_NAME
 from megatron_sdar.training.metrics import LOG_NAME
+from megatron_sdar.training.nonfinite import SKIPPED_DIR, SkippedSteps
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.work_meter import memory_mb
 
@@ -44,6 +45,7 @@ def summarize_run(
     best: BestModel,
     checkpoint: Path,
     exported: Path,
+    skipped: SkippedSteps,
 ) -> str:
     """The table at the end.
 
@@ -51,6 +53,7 @@ def summarize_run(
         losses: of the first and the last step; nan when nothing was trained.
         checkpoint: the last one.
         exported: the one that the model in output_dir was made from.
+        skipped: steps of the whole run that were not finite.
     """
     output_dir = Path(config.training.output_dir)
     first, last = losses
@@ -59,6 +62,10 @@ def summarize_run(
         trained = "nothing was left to train"
     rows = [*_figures(log), ("checkpoint", str(checkpoint))]
     rows.append(("log", str(output_dir / LOG_NAME)))
+    if skipped.steps:
+        rows.append(
+            ("skipped steps", f"{len(skipped.steps)}, not finite: {output_dir / SKIPPED_DIR}")
+        )
     if best.value is not None:
         rows.append(("best evaluation", f"{best.metric} {best.value:.4f} at step {best.step}"))
     if best.stops:

@@ -81,7 +81,7 @@ def own_state_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _history(record: Mapping[str, Any]) -> dict[str, Any]:
-    if "loss" not in record:
+    if "lr" not in record:
         kept = {name: value for name, value in record.items() if name.startswith("eval_")}
         return {"epoch": record["epoch"], "step": record["step"], **kept}
     named = {theirs: record[ours] for ours, theirs in _LOGGED.items() if ours in record}

@@ -35,7 +35,7 @@ def test_the_first_commands_are_demo_and_test() -> None:
 def test_make_test_is_pytest(checkout: Path) -> None:
     result = run(f"{MAKE_TEST} --dry-run PYTHON={sys.executable}", checkout)
     assert result.returncode == 0, result.stderr
-    assert "-m pytest -m 'not slow and not backends'" in result.stdout
+    assert "-m pytest -m 'not slow and not backends and not torture'" in result.stdout
 
 
 def test_make_makes_what_is_activated_before_it_is_needed(checkout: Path) -> None:

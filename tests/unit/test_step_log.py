@@ -58,7 +58,7 @@ class Run:
         self.log.add(self.rows, StepResult(loss, 1.0, 60))
 
     def record(self) -> step_log.StepRecord:
-        return self.log.record(1, StepResult(0.0, 1.0, 60), 1e-3)
+        return self.log.record(1, 1e-3)
 
 
 def test_rates_are_of_training_alone(clock: Clock) -> None:

@@ -104,6 +104,11 @@ class DocumentStore:
         dataset, place = self._find(document_id)
         return dataset.get(place)
 
+    def name(self, document_id: int) -> tuple[str, int]:
+        """Prefix of its dataset's token files, and which document of them it is."""
+        dataset, place = self._find(document_id)
+        return dataset.prefix, place
+
     def turns(self, document_id: int) -> NDArray[np.int32]:
         """Tokens of its prompts and answers in turn, int32 [2 * pairs]."""
         dataset, place = self._find(document_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -128,6 +129,19 @@ class GroupedStream:
             options.mask_token_id,
             options.pad_token_id,
         )
+
+    def documents_at(self, position: int) -> list[tuple[int, int]]:
+        """(document id, which piece of it) of the row at a position."""
+        start = self.start_at(position)
+        group = self._built(start)
+        members = [group.items[number] for number in group.rows[position - start.first_row]]
+        return [(int(item.document_id), int(item.piece)) for item in members]
+
+    def beginning_at(self, start: GroupStart) -> GroupedStream:
+        """The same stream with places of its own, which another thread may use meanwhile."""
+        other = copy(self)
+        other.restart(start)
+        return other
 
     def source_position(self, start: GroupStart, position: int) -> float:
         """Packed rows that the first `position` rows stand for, counted from a start near it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,14 @@ from megatron_sdar.data.loading.row_workers import (
 from megatron_sdar.diffusion.rows import Row, concatenate_rows
 
 __all__ = ["BlendSchedule", "DocumentStore", "RowLoader", "RowOptions", "RowPart", "RowStream"]
+
+
+class DocumentName(NamedTuple):
+    """A document: the prefix of its token files, its number there, and which piece of it."""
+
+    dataset: str
+    document: int
+    piece: int
 
 
 class RowLoader:
@@ -134,11 +142,14 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: JSON, a few hundred bytes."""
+        return self._state(self.position, self._source_rows)
+
+    def _state(self, position: int, source_rows: float) -> dict[str, Any]:
         return {
-            "rows_taken": self.position,
-            "packed_rows_taken": self._source_rows,
+            "rows_taken": position,
+            "packed_rows_taken": source_rows,
             "group": None if self._group is None else self._group.to_json(),
-            "stream": self.stream.identity(self.position),
+            "stream": self.stream.identity(position),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,6 +193,36 @@ class RowLoader:
         """This rank's micro-batches of the step that begins after `position` rows."""
         return self._build(position).micro_batches
 
+    def last_step_state(self) -> dict[str, Any]:
+        """What `load_state_dict` takes to give the last step's rows again."""
+        first = self.position - self.rows_per_step
+        source_rows = float(first)
+        if self.grouped is not None:
+            assert self._group is not None, "a step was taken"
+            source_rows = self.grouped.source_position(self._group, first)
+        return self._state(first, source_rows)
+
+    def last_step_documents(self) -> list[list[DocumentName]]:
+        """Documents of the last step's micro-batches of all data-parallel ranks.
+
+        Micro-batch m of rank r is number m * dp_size + r.
+        """
+        first = self.position - self.rows_per_step
+        stream: RowStream | GroupedStream = self.stream
+        if self.grouped is not None:
+            assert self._group is not None, "a step was taken"
+            # A thread that builds ahead may be at its own place in the stream.
+            stream = self.grouped.beginning_at(self._group)
+        store, size = self.stream.parts[0].store, self.rows_per_micro_batch
+        rows = [
+            [DocumentName(*store.name(number), piece) for number, piece in stream.documents_at(row)]
+            for row in range(first, self.position)
+        ]
+        return [
+            [name for row in rows[begin : begin + size] for name in row]
+            for begin in range(0, len(rows), size)
+        ]
+
     def _build(self, position: int) -> BuiltStep:
         # The step's first row, which all ranks pass, tells where a resumed run begins to look.
         end, group, source_rows = position + self.rows_per_step, None, 0.0
@@ -190,13 +231,21 @@ class RowLoader:
         else:
             group = self.grouped.start_at(position)
             source_rows = self.grouped.source_position(group, end)
-        row_at = self.stream.row_at if self.grouped is None else self.grouped.row_at
-        size = self.rows_per_micro_batch
-        batches = []
-        for micro_batch in range(self.num_micro_batches):
-            first = position + (micro_batch * self.dp_size + self.dp_rank) * size
-            batches.append(concatenate_rows([row_at(first + i) for i in range(size)]))
+        batches = [
+            self.micro_batch_at(position, micro_batch * self.dp_size + self.dp_rank)
+            for micro_batch in range(self.num_micro_batches)
+        ]
         return BuiltStep(batches, group, source_rows)
+
+    def micro_batch_at(self, position: int, number: int) -> Row:
+        """A micro-batch of the step that begins after `position` rows.
+
+        Args:
+            number: counted over all data-parallel ranks, see `last_step_documents`.
+        """
+        row_at = self.stream.row_at if self.grouped is None else self.grouped.row_at
+        first = position + number * self.rows_per_micro_batch
+        return concatenate_rows([row_at(first + i) for i in range(self.rows_per_micro_batch)])
 
     def make_row(self, document_ids: NDArray[np.int64], epoch: int) -> Row:
         """One row of whole documents as published, see `RowStream.make_row`."""

@@ -144,6 +144,14 @@ class RowStream:
             block_length=self.options.block_length_at(position),
         )
 
+    def documents_at(self, position: int) -> list[tuple[int, int]]:
+        """(document id, which piece of it) of the row at a position."""
+        number, count = self._locate(position)
+        _, row = self.row_of(number, count)
+        part = self.parts[number]
+        ids = part.store.ids_at(part.index.row(row))
+        return list(zip(ids.tolist(), part.index.row_pieces(row).tolist(), strict=True))
+
     def make_row(
         self,
         document_ids: NDArray[np.int64],
