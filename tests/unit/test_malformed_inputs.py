@@ -20,7 +20,12 @@ from megatron_sdar.architecture import load_architecture
 from megatron_sdar.checkpoint.hf_source import HfModel
 from megatron_sdar.config import load_config
 from megatron_sdar.data.sources.dataset_info import read_dataset_info
-from megatron_sdar.data.storage.metadata import read_metadata
+from megatron_sdar.data.storage.metadata import (
+    Recipe,
+    TokenizedMetadata,
+    read_metadata,
+    write_metadata,
+)
 from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 
 SECONDS = 20
@@ -102,3 +107,10 @@ def test_data_and_tokenizer(tmp_path: Path, demo: Path, case: Case) -> None:
         refused(lambda: read_metadata(tmp_path / "p"), words, file)
     else:
         refused(lambda: load_tokenizer(tmp_path), words, str(tmp_path))
+
+
+@pytest.mark.parametrize("source", [5, {}, {"layout": 5}, {"layout": {"formatting": []}}], ids=str)
+def test_token_metadata_with_a_true_fingerprint(tmp_path: Path, source: dict) -> None:
+    recipe = Recipe("tokenizer", {}, [source], None)
+    write_metadata(tmp_path / "p", TokenizedMetadata(1, 1, 1, 0, 3, 2, 1, 9, recipe))
+    refused(lambda: read_metadata(tmp_path / "p"), "'sources' must be objects", "p.json")
