@@ -7,7 +7,7 @@ size, and none for rope_theta, whose usual silent fallback ruins a model.
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,6 +118,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     return -(-vocab_size // divisible_by) * divisible_by
 
 
+_MAX_BYTES = 2**20  # of config.json
+_MAX_SIZE = 2**31 - 1  # of a dimension or a token id
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -191,13 +193,17 @@ def load_architecture(model_dir: str | Path) -> Architecture:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")
+        content = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise ValueError(
             f"{path}: cannot read it: {error.strerror or error}; "
             "model_name_or_path must be a local directory that holds config.json"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -205,11 +211,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= _MAX_SIZE
 
 
 def _is_token(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
 def _is_bool(value: object) -> bool:
@@ -217,11 +223,11 @@ def _is_bool(value: object) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 _REQUIRED = object()
@@ -277,8 +283,10 @@ def _unsupported(
         for key, (values, advice) in only.items()
         if key in content and content[key] not in values
     ]
-    kinds = set(content.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
+    layers = content.get("layer_types") or []
+    if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
+        problems.append(f"layer_types is {layers!r}; it must be a list of names")
+    elif kinds := set(layers) - {"full_attention"}:
         problems.append(f"layer_types has {sorted(kinds)}; only full_attention is available")
     return problems
 
@@ -291,7 +299,7 @@ def _rope_theta(content: Mapping[str, Any], problems: list[str]) -> Any:
         if rope is None:
             continue
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if kind not in ("default", None):
+        if not isinstance(rope, dict) or kind not in ("default", None):
             problems.append(f"{name} is {rope!r}; only plain rotary embedding is available")
         elif rope.get("partial_rotary_factor", 1) != 1:
             problems.append(f"{name} is {rope!r}; partial rotary embedding is not available")

@@ -28,8 +28,23 @@ _SCALARS = (
 )
 
 
+_MAX_BYTES = 2**20  # of a configuration file
+_MAX_ALIASED = 1000  # characters
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class protocol)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Aliases of short scalars only: nested ones grow without bound once shown."""
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if alias is None or (isinstance(node, yaml.ScalarNode) and len(node.value) <= _MAX_ALIASED):
+            return node
+        raise yaml.MarkedYAMLError(
+            problem=f"*{alias.anchor} repeats a list, a mapping or a long text; write it out",
+            problem_mark=alias.start_mark,
+        )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -63,10 +78,15 @@ class Entry:
 def read_file(path: str | Path) -> list[Entry]:
     """Read a flat YAML or JSON mapping. ValueError names the file and, where it can, the line."""
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path}: cannot read this configuration file: {reason}") from error
+    if len(content) > _MAX_BYTES:
+        raise ValueError(
+            f"{path}: larger than {_MAX_BYTES} bytes, so not a configuration; name a YAML file"
+        )
     if Path(path).suffix == ".json":
         return _read_json(content, path)
     try:
@@ -80,9 +100,11 @@ def read_file(path: str | Path) -> list[Entry]:
         for mapping in (node, *(value for _, value in node.value)):
             _reject_duplicates(mapping, path)
         return [
-            Entry(key.value, loader.construct_object(value, deep=True), f"{path}:{_line(key)}")
+            Entry(key.value, _construct(loader, key, value, path), f"{path}:{_line(key)}")
             for key, value in node.value
         ]
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid YAML: nested too deeply") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from error
@@ -90,12 +112,29 @@ def read_file(path: str | Path) -> list[Entry]:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
+def _construct(loader: _Loader, key: yaml.Node, value: yaml.Node, path: str | Path) -> object:
+    """The plain value of a node. PyYAML's own constructors raise anything for a wrong text."""
+    try:
+        return loader.construct_object(value, deep=True)
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path}:{_line(key)}: {key.value}: not a value of the type that it is written as "
+            f"({type(error).__name__}: {error}); write a plain number or text"
+        ) from error
+
+
+class _TwiceError(ValueError):
+    """A key is given twice."""
+
+
 def _read_json(content: bytes, path: str | Path) -> list[Entry]:
     """JSON is YAML but for tabs and surrogate pairs, so it has a parser of its own."""
     try:
         text = content.decode("utf-8-sig")
         values = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except _TwiceError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object, one key for each setting: {{...}}")
@@ -111,7 +150,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]], path: str | Path) -> dict[
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise ValueError(f"{path}: {key!r} is given twice; keep one")
+            raise _TwiceError(f"{path}: {key!r} is given twice; keep one")
         seen[key] = value
     return seen
 

@@ -76,6 +76,11 @@ def read_marker(checkpoint: Path) -> Marker:
         marker = Marker(**{**fields, "files": files})
     except (TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: not a marker of a checkpoint: {error!r}") from error
+    root = checkpoint.resolve()
+    if outside := [name for name in files if not (root / name).resolve().is_relative_to(root)]:
+        raise DamagedCheckpointError(
+            f"{path}: names files outside of the checkpoint: {', '.join(outside)}; copy them there"
+        )
     if path.read_bytes() != _encoded(marker):
         raise DamagedCheckpointError(
             f"{path}: damaged: it does not have the checksum that it states of itself"

@@ -188,9 +188,11 @@ class ShardedTensors:
                     StoredChunk(chunk["file"], _sizes(chunk["offset"]), _sizes(chunk["shape"]))
                     for chunk in entry["chunks"]
                 ]
+                if not all(isinstance(chunk.file, str) for chunk in self.chunks[name]):
+                    raise TypeError(f"{name}: a chunk's file must be a name")
         except OSError as error:
             raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not an index of shards: {error!r}") from error
         for name, chunks in self.chunks.items():
             if not _cover(chunks, self.tensors[name].shape):
@@ -261,7 +263,10 @@ class ShardedTensors:
 
 def _sizes(values: Sequence[int]) -> tuple[int, ...]:
     # torch.Size raises TypeError for anything but whole numbers.
-    return tuple(torch.Size(values))
+    sizes = tuple(torch.Size(values))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{list(sizes)} has a negative size")
+    return sizes
 
 
 def _shifted(ranges: Sequence[slice], origin: Sequence[int]) -> Ranges:

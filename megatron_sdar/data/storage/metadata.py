@@ -165,6 +165,12 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
             raise ValueError(
                 f"{path}: {name!r} is missing or of the wrong type: {value!r}; {remedy}"
             )
+    for source in content["sources"]:
+        layout = source.get("layout") if isinstance(source, dict) else None
+        if not isinstance(layout, dict) or not isinstance(layout.get("formatting"), str):
+            raise ValueError(
+                f"{path}: 'sources' must be objects with a layout and its formatting; {remedy}"
+            )
     metadata = TokenizedMetadata(
         recipe=Recipe(**{name: content[name] for name in recipe_types}),
         unseen_columns=content["unseen_columns"],

@@ -28,6 +28,7 @@ MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
+_MAX_ID_DIGITS = 10
 
 
 class SdarTokenizer:
@@ -202,7 +203,7 @@ def _from_transformers(directory: Path) -> Tokenizer:
         wrapper = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the library meets in a stranger's files
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"tokenizer {directory}: transformers cannot load it ({first_line}); "
@@ -229,6 +230,7 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
         for token_id, entry in entries.items():
             if not (
                 token_id.isdecimal()
+                and len(token_id) <= _MAX_ID_DIGITS
                 and isinstance(entry, dict)
                 and isinstance(entry.get("content"), str)
             ):
