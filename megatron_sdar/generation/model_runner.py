@@ -17,7 +17,8 @@ from megatron_sdar.model.batch import DeviceBatch
 from megatron_sdar.model.cache import CachedTokens, KeyValueCache
 from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.parallel.data_parallel import free_gathered
-from megatron_sdar.parallel.inference import StageChain, gather_vocabulary
+from megatron_sdar.parallel.forward_pipeline import ForwardPipeline
+from megatron_sdar.parallel.inference import gather_vocabulary
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel
 from megatron_sdar.parallel.pipeline import ActivationFormat
 
@@ -60,7 +61,7 @@ class ModelRunner:
         dtype = options.compute_dtype or options.dtype
         self._token_split = split
         self._shard_size = options.padded_vocab_size // mesh.tp_size
-        self._chain = StageChain(
+        self._pipeline = ForwardPipeline(
             [_logits_stage(stage) for stage in stages],
             mesh,
             ActivationFormat(self.arch.hidden_size, split, dtype),
@@ -147,7 +148,9 @@ class ModelRunner:
             loss_scale=0.0,
             selected_mask=tokens.select(wanted),
         )
-        return self._chain.run(batch)
+        # One at a time: what a forward computes decides what the next one reads.
+        (output,) = self._pipeline.run([batch])
+        return output
 
 
 def _padded(indices: Tensor, multiple: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Forwards of many micro-batches through all stages, without backwards: evaluation.
+"""Forwards of micro-batches through all stages, without backwards: evaluation and decoding.
 
 Every rank runs its (chunk, micro-batch) pairs in one order, which is the same on all of them, and
 sends without waiting. What a pair needs comes earlier in that order, so ranks cannot wait in a
