@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sdar.config import describe_keys, load_config, validate
+from megatron_sdar.config_batch import with_global_batch
 from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.launch import leave_alone, leave_together
 from megatron_sdar.parallel.mesh import (
@@ -22,7 +23,7 @@ from megatron_sdar.parallel.mesh import (
     stop_process_group,
 )
 from megatron_sdar.parallel.watchdog import StalledError
-from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.run import TrainingRun
 from megatron_sdar.training.setup import check_schedule, resolve_architecture
 
 USAGE = """\
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
         config = load_config(argv, allow_unknown=_allows_extra_arguments())
         arch = resolve_architecture(config)
         validate(config, arch, launch.world_size)
+        config = with_global_batch(config, launch.world_size)
         check_schedule(config)
         device_name = device_type(config.training.device)
         check_launch(launch, device_name, config.parallel.ddp_backend)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from math import isfinite, lcm
 
 from megatron_sdar.architecture import Architecture, padded_vocab_size
+from megatron_sdar.config_batch import batch_problems
 from megatron_sdar.config_fields import (
     SECTION_TYPES,
     DataConfig,
@@ -35,6 +36,7 @@ def validate(config: SdarConfig, architecture: Architecture, world_size: int) ->
         *_tensor_parallel(config, architecture),
         *_pipeline(config.parallel, architecture),
         *_world(config.parallel, world_size),
+        *batch_problems(config, world_size),
         *_training(config),
         *evaluation_problems(config, architecture),
         *finetuning_problems(config, architecture),

@@ -41,11 +41,11 @@ from megatron_sdar.checkpoint.run_directory import (
     STATE_NAME,
     Marker,
     commit,
-    next_sequence,
     put_in_place,
     read_marker,
     remove_leftovers,
 )
+from megatron_sdar.checkpoint.run_mark import next_sequence
 from megatron_sdar.checkpoint.snapshot import Snapshot, stored_parameters, take_snapshot
 from megatron_sdar.checkpoint.stored_fit import (
     AdapterOrigin,

@@ -250,12 +250,6 @@ def incomplete_checkpoints(output_dir: str | Path) -> list[str]:
     return _scan(Path(output_dir))[1]
 
 
-def next_sequence(output_dir: Path) -> int:
-    """The sequence number of the next checkpoint saved there."""
-    complete, _ = _scan(output_dir)
-    return complete[-1][1].sequence + 1 if complete else 0
-
-
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what interrupted saves left behind; a run is alone in its output_dir."""
     for path in _leftovers(output_dir):

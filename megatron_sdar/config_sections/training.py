@@ -10,7 +10,10 @@ class TrainingConfig:
     """The run: where it writes, how long it goes, what it keeps."""
 
     output_dir: str = key("directory of checkpoints, metrics and the final model")
-    overwrite_output_dir: bool = key("start afresh in a directory that holds a run", False)
+    overwrite_output_dir: bool = key(
+        "start afresh in a directory that holds a run (torchrun's restarts go on, see job_id)",
+        False,
+    )
     stage: str = key(
         "sft: answers are trained; pt: continued pretraining on plain text",
         "sft",
@@ -23,6 +26,12 @@ class TrainingConfig:
     max_steps: int = key("optimizer steps; above 0 it replaces num_train_epochs", -1, minimum=-1)
     per_device_train_batch_size: int = key("rows per micro-batch", 8, minimum=1)
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, minimum=1)
+    global_batch_size: int | None = key(
+        "rows of an optimizer step over all processes; gradient_accumulation_steps follows from it "
+        "and from the number of processes, so the batch stays when that changes",
+        None,
+        minimum=1,
+    )
     seed: int = key("seed of weights, order and noise", 42, minimum=0, maximum=2**63 - 1)
     bf16: bool = key("compute in bfloat16 over float32 weights", False)
     fp64: bool = key("compute in float64, to verify numerics", False)
@@ -50,6 +59,12 @@ class TrainingConfig:
     )
     resume_from_checkpoint: bool | str | None = key(
         "true: the newest that is not damaged, or a path", None
+    )
+    job_id: str | None = key(
+        "a job that begins again goes on from what it saved itself, whatever overwrite_output_dir "
+        "and resume_from_checkpoint say; such as Slurm's job id. Default: one launch of torchrun, "
+        "its restarts included",
+        None,
     )
     verify_checkpoints: bool = key(
         "read every file of a checkpoint once and compare its checksum before it is resumed; "

@@ -18,6 +18,7 @@ from megatron_sdar.checkpoint.hf_source import HfModel
 from megatron_sdar.checkpoint.safetensors_files import volume
 from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
 from megatron_sdar.config import SdarConfig, load_config, validate
+from megatron_sdar.config_batch import with_global_batch
 from megatron_sdar.data.sources.datasets import resolve_datasets
 from megatron_sdar.data.sources.llamafactory_cache import is_llamafactory_cache
 from megatron_sdar.data.storage.tokens import TokenizedDataset
@@ -69,6 +70,7 @@ def run(arguments: Sequence[str], place: Place) -> Iterator[Finding]:
     yield from trackers(config)
     try:
         validate(config, arch, world)
+        config = with_global_batch(config, world)
         check_schedule(config)
     except ValueError as error:
         yield from _lines("sizes", str(error), "change what is named")

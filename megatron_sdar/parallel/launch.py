@@ -7,6 +7,7 @@ message of rank 0 with it. Errors known on all ranks therefore pass through here
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -15,9 +16,15 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from megatron_sdar.parallel.mesh import LaunchInfo, ParallelMesh, start_process_group
+from megatron_sdar.parallel.mesh import (
+    LaunchInfo,
+    ParallelMesh,
+    connect_store,
+    start_process_group,
+)
 
 LEAVE_TIMEOUT_SECONDS = 20
+_STORE_SECONDS = 30.0
 
 Result = TypeVar("Result")
 
@@ -44,6 +51,21 @@ def run_on_main(function: Callable[[], Result], mesh: ParallelMesh) -> Result:
     if error is not None:
         raise ValueError(error)
     return result
+
+
+def launch_name() -> str:
+    """A name of this launch by torchrun, which stays when torchrun starts the processes again.
+
+    It lies in the rendezvous store, which lives as long as torchrun does. Asked for by rank 0.
+
+    Raises:
+        OSError: the store cannot be reached.
+    """
+    try:
+        store = connect_store("launch", _STORE_SECONDS)
+        return store.compare_set("name", "", secrets.token_hex(8)).decode()
+    except RuntimeError as error:
+        raise OSError(f"the rendezvous store cannot be reached: {error}") from error
 
 
 def gather_from_all(value: Result, mesh: ParallelMesh) -> list[Result]:

@@ -282,7 +282,7 @@ def sums_over_data_parallel(values: Sequence[float], mesh: ParallelMesh) -> list
 
 
 def sum_over_world(value: torch.Tensor) -> torch.Tensor:
-    """Sum of a scalar over all ranks, float64. Collective: all_reduce (world)."""
+    """Sum of a tensor over all ranks, float64. Collective: all_reduce (world)."""
     total = value.double()
     dist.all_reduce(total)
     return total

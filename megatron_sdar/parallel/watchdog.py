@@ -82,6 +82,7 @@ class Watchdog:
         self._beat_at = time.monotonic()
         self._pulse = 0
         self._seen: dict[int, _Seen] = {}
+        self._heard: dict[int, tuple[int, float]] = {}
         self._reporting = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -167,6 +168,25 @@ class Watchdog:
             rank for rank, seen in self._seen.items() if now - seen.count_at >= self._timeout
         ]
         return f"nothing new from {_ranks(stalled)} for {self._timeout:g} s" if stalled else None
+
+    def silent_ranks(self) -> list[int]:
+        """Ranks not heard of for some intervals since this was first asked; all, without a store.
+
+        Any rank's, whatever the timeout; for one thread at a time.
+        """
+        now = time.monotonic()
+        try:
+            keys = [f"beat/{rank}" for rank in range(self._world_size)]
+            if not self._store.check(keys):
+                return []
+            pulses = [json.loads(value)[0] for value in self._store.multi_get(keys)]
+        except RuntimeError:
+            return list(range(self._world_size))
+        for rank, pulse in enumerate(pulses):
+            if self._heard.get(rank, (None, now))[0] != pulse:
+                self._heard[rank] = (pulse, now)
+        limit = 3 * self._interval + 1
+        return [rank for rank, (_, at) in self._heard.items() if now - at > limit]
 
     def _forgive(self, now: float) -> None:
         for seen in self._seen.values():

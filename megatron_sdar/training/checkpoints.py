@@ -96,7 +96,8 @@ def resume(
                 path, step.stages, step.optimizer, training.verify_checkpoints, adapter
             )
         except DamagedCheckpointError as error:
-            if isinstance(training.resume_from_checkpoint, str):
+            asked = training.resume_from_checkpoint
+            if isinstance(asked, str) and path == Path(asked):
                 raise ValueError(refusal(path, error)) from error
             first, *others = str(error).splitlines()
             problems += [first, *others]

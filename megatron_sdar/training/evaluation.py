@@ -24,7 +24,14 @@ from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import ParallelMesh
 from megatron_sdar.training.answers import Answer, Question, exact_match, questions, read_answers
 from megatron_sdar.training.evaluation_data import EvaluationSet
-from megatron_sdar.training.evaluation_loss import Advance, LossEvaluation, LossSums, loss_metrics
+from megatron_sdar.training.evaluation_loss import (
+    Advance,
+    EvaluationStoppedError,
+    LossEvaluation,
+    LossSums,
+    loss_metrics,
+    never_stops,
+)
 from megatron_sdar.training.evaluation_rows import EvaluationRows
 from megatron_sdar.training.token_files import tokenizer_path
 
@@ -42,6 +49,9 @@ class Evaluator:
         sets: from `prepare_evaluation_sets`.
         row_length: tokens per row; training's, which fits the memory.
         say: called on rank 0 with lines for the user.
+
+    Attributes:
+        stops: asked during an evaluation whether all ranks are to leave it.
 
     Raises:
         ValueError: a set without label tokens; no document whose answer could be generated.
@@ -76,7 +86,8 @@ class Evaluator:
         rows_per_micro_batch = (
             evaluation.per_device_eval_batch_size or config.training.per_device_train_batch_size
         )
-        self._loss = LossEvaluation(stages, mesh, rows_per_micro_batch)
+        self.stops: Callable[[], bool] = never_stops
+        self._loss = LossEvaluation(stages, mesh, rows_per_micro_batch, lambda: self.stops())
         self._questions: list[Question] = []
         if evaluation.eval_generate_samples:
             self._prepare_questions(arch, sets)
@@ -103,6 +114,9 @@ class Evaluator:
         Args:
             step: optimizer steps done, for eval_samples.jsonl.
             advance: called with rows done since.
+
+        Raises:
+            EvaluationStoppedError: on every rank, when `stops` said so; nothing was kept.
 
         Collectives: those of LossEvaluation.run per set and block length, of
         generate_over_data_parallel, and broadcast_object_list (world).
@@ -154,6 +168,8 @@ class Evaluator:
         size = _ANSWERS_AT_ONCE * self._mesh.dp_size
         answers: list[Answer] = []
         for first in range(0, len(self._questions), size):
+            if self.stops():
+                raise EvaluationStoppedError
             part = self._questions[first : first + size]
             results = generate_over_data_parallel(
                 self._stages,

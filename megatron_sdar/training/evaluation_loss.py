@@ -26,6 +26,16 @@ from megatron_sdar.training.batch import to_device
 from megatron_sdar.training.evaluation_rows import EvaluationRows, LevelRow, deal
 
 Advance = Callable[[int], None]
+_MICRO_BATCHES_AT_ONCE = 16
+
+
+class EvaluationStoppedError(Exception):
+    """A rank was asked to stop: on every rank, in mid-evaluation."""
+
+
+def never_stops() -> bool:
+    """Nobody asks an evaluation to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,19 @@ class LossEvaluation:
         stages: this rank's stages, materialised and filled; their state is left as it is.
         mesh: the grid they were built on.
         rows_per_micro_batch: per_device_eval_batch_size.
+        stops: asked again and again, on all ranks at the same places, with the same answer.
 
     Collectives: opens the pipeline's channels.
     """
 
     def __init__(
-        self, stages: Sequence[SdarStage], mesh: ParallelMesh, rows_per_micro_batch: int
+        self,
+        stages: Sequence[SdarStage],
+        mesh: ParallelMesh,
+        rows_per_micro_batch: int,
+        stops: Callable[[], bool] = never_stops,
     ) -> None:
-        self._stages, self._mesh = stages, mesh
+        self._stages, self._mesh, self._stops = stages, mesh, stops
         self._size = rows_per_micro_batch
         options = stages[0].options
         split = mesh.tp_size if stages[0].sequence_parallel else 1
@@ -104,8 +119,11 @@ class LossEvaluation:
         Args:
             advance: called with the number of rows that all ranks together have done since.
 
+        Raises:
+            EvaluationStoppedError: on every rank.
+
         Collectives: every rank must call. Those of a forward for each micro-batch, all_reduce
-        (world).
+        (world), those of `stops` for every few micro-batches.
         """
         was_training = [stage.training for stage in self._stages]
         for stage in self._stages:
@@ -124,6 +142,25 @@ class LossEvaluation:
         number = -(-len(rows) // self._size)
         mesh = self._mesh
         todo = deal(number, mesh.dp_rank, mesh.dp_size)
+        total = np.zeros((3, num_levels))
+        # Pieces that the pipeline's ends hardly cost anything.
+        size = _MICRO_BATCHES_AT_ONCE * mesh.pp_size
+        for first in range(0, len(todo), size):
+            if self._stops():
+                raise EvaluationStoppedError
+            for values, levels in self._losses(rows, todo[first : first + size], advance):
+                for place, each in enumerate(values):
+                    total[place] += np.bincount(levels, each, num_levels)
+        return torch.from_numpy(total).to(mesh.device)
+
+    def _losses(
+        self, rows: EvaluationRows, todo: Sequence[tuple[int, bool]], advance: Advance
+    ) -> Iterator[tuple[tuple[NDArray[np.float64], ...], NDArray[np.int64]]]:
+        """((weighted, correct, masked) per masked token, their noise levels) by micro-batch.
+
+        Args:
+            todo: (micro-batch, whether this replica counts it).
+        """
         taken: list[tuple[LevelRow, bool]] = []
 
         def batches() -> Iterator[DeviceBatch]:
@@ -132,18 +169,14 @@ class LossEvaluation:
                 taken.append((built, counts))
                 yield self._batch(built)
 
-        total = np.zeros((3, num_levels))
         for output in self._pipeline.run(batches()):
             built, counts = taken.pop(0)
-            advance(self._size * mesh.dp_size)
+            advance(self._size * self._mesh.dp_size)
             # Every tp rank of the last stage has the same: only the first one's counts.
-            if output is not None and counts and mesh.tp_rank == 0:
+            if output is not None and counts and self._mesh.tp_rank == 0:
                 losses, correct = output[:, : built.levels.size].double().cpu().numpy()
-                for place, values in enumerate(
-                    (losses * built.row.loss_weights, correct, np.ones_like(losses))
-                ):
-                    total[place] += np.bincount(built.levels, values, num_levels)
-        return torch.from_numpy(total).to(mesh.device)
+                weighted = losses * built.row.loss_weights
+                yield (weighted, correct, np.ones_like(losses)), built.levels
 
     def _batch(self, built: LevelRow) -> DeviceBatch:
         row = built.row

@@ -77,8 +77,11 @@ class StepRecord:
     skipped_steps: int = 0
 
 
-def trim_log(path: Path, start_step: int) -> None:
+def trim_log(path: Path, start_step: int, evaluates_again: bool = False) -> None:
     """Keep a JSONL file's records up to `start_step`; a fresh run (0) starts an empty one.
+
+    Args:
+        evaluates_again: what was evaluated at `start_step` goes, too.
 
     Raises:
         ValueError, OSError: the file is damaged, or cannot be written.
@@ -87,6 +90,8 @@ def trim_log(path: Path, start_step: int) -> None:
     if start_step and path.exists():
         # What is logged before the first step belongs to the run that a fresh start replaces.
         kept = [record for record in read_log(path) if record["step"] <= start_step]
+        if evaluates_again:
+            kept = [r for r in kept if r["step"] < start_step or "lr" in r]
     if not kept and not path.exists():
         return
     temporary = path.with_suffix(".jsonl.tmp")

@@ -41,11 +41,13 @@ class StepResult:
         loss: the step's loss.
         grad_norm: global gradient norm before clipping.
         label_tokens: label tokens of the step over all data-parallel ranks.
+        stops: some rank was asked to stop before its backward was over.
     """
 
     loss: float
     grad_norm: float
     label_tokens: int
+    stops: bool = False
 
 
 class NonFiniteStepError(FloatingPointError):
@@ -85,6 +87,7 @@ class TrainingStep:
     Attributes:
         parameters: those of this rank that are trained, by global name.
         before_update: called in every step when weights and moments are about to change.
+        asked_to_stop: whether this rank was; what any rank says reaches all with the loss.
         progress: told in words what begins.
     """
 
@@ -107,6 +110,8 @@ class TrainingStep:
         self.normalization = normalization
         self.max_grad_norm = max_grad_norm
         self.before_update: Callable[[], None] = _nothing
+        self.asked_to_stop: Callable[[], bool] = _never
+        self._votes = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.progress: Callable[[str], None] = ignore
         self.parameters = trained_parameters(stages)
         self.dropout_seed = dropout_seed
@@ -174,7 +179,9 @@ class TrainingStep:
         # Every tp rank of the last stage holds the same loss: only the first one's counts.
         if self.mesh.tp_rank > 0:
             local_loss = torch.zeros_like(local_loss)
-        return sum_over_world(local_loss)
+        vote = torch.full_like(local_loss, float(self.asked_to_stop()))
+        loss, self._votes = sum_over_world(torch.stack((local_loss, vote))).unbind()
+        return loss
 
     def zero_grad(self) -> None:
         """Forget the gradients of an earlier step."""
@@ -201,9 +208,11 @@ class TrainingStep:
         self.zero_grad()
         loss_tensor, label_tokens = self.backward(micro_batches)
         gradients = local_gradients(self.parameters)
-        loss, grad_norm = torch.stack((loss_tensor.double(), self.grad_norm(gradients))).tolist()
+        numbers = (loss_tensor.double(), self.grad_norm(gradients), self._votes)
+        loss, grad_norm, votes = torch.stack(numbers).tolist()
+        result = StepResult(loss, grad_norm, label_tokens, votes > 0)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteStepError(StepResult(loss, grad_norm, label_tokens))
+            raise NonFiniteStepError(result)
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
         self.progress("update of weights")
@@ -211,7 +220,11 @@ class TrainingStep:
         self.optimizer.step(gradients, lr)
         if not self.keeps_gradients:
             self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm, label_tokens)
+        return result
+
+
+def _never() -> bool:
+    return False
 
 
 def _nothing() -> None:

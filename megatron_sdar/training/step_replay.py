@@ -161,6 +161,7 @@ def _same_step(config: SdarConfig, record: StepRecord, launch: LaunchInfo) -> Sd
         config.training,
         per_device_train_batch_size=record.rows_per_micro_batch,
         gradient_accumulation_steps=total // replicas,
+        global_batch_size=None,
     )
     return replace(config, training=training)
 

@@ -89,6 +89,26 @@ def summarize_run(
     return "\n".join(lines + [f"  {name:<17} {text}" for name, text in rows])
 
 
+def describe_stop(config: SdarConfig, done: int, total: int, checkpoint: Path | None) -> str:
+    """Where a run that was asked to stop will go on.
+
+    Args:
+        checkpoint: the last one; None: no step was done.
+    """
+    training = config.training
+    if checkpoint is None:
+        return "stopped before the first step: nothing was trained, nothing is lost"
+    onward = "the same command goes on from there"
+    if training.job_id is not None:
+        onward = f"a start with the same job_id ({training.job_id}) goes on from there"
+    elif training.overwrite_output_dir or isinstance(training.resume_from_checkpoint, str):
+        onward = (
+            "to go on from there add overwrite_output_dir=false resume_from_checkpoint=null to "
+            "the command"
+        )
+    return f"stopped after step {done} of {total}: {checkpoint} has everything; {onward}"
+
+
 def _figures(log: StepLog) -> list[tuple[str, str]]:
     """Means and sums over the steps that this start of the run trained; nothing if there are none.
 

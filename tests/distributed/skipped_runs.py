@@ -22,7 +22,7 @@ from megatron_sdar.config import load_config, validate
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.parallel.gradients import local_gradients
 from megatron_sdar.parallel.mesh import build_mesh
-from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.run import TrainingRun
 from megatron_sdar.training.setup import resolve_architecture
 from megatron_sdar.training.step import StepResult, TrainingStep
 

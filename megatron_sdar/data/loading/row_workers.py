@@ -7,6 +7,7 @@ are raised by `take`, as if it had built the step itself.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ class ProcessesAhead:
             num_workers=self._num_workers,
             prefetch_factor=_STEPS_PER_WORKER,
             collate_fn=cast(Any, _as_is),
+            worker_init_fn=_ignore_stop_signals,
             multiprocessing_context="fork",
             # Its own, since the default takes a number from torch's global generator.
             generator=torch.Generator(),
@@ -141,6 +143,16 @@ class _Steps:
             return self._build(position)
         except ValueError as error:
             return _Failure(str(error))
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Who signals all processes of a job wants them to finish the step, which needs its rows.
+
+    Workers end when their parent does.
+    """
+    del worker
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(step: BuiltStep | _Failure) -> BuiltStep | _Failure:

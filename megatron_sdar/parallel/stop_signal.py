@@ -1,0 +1,138 @@
+"""SIGTERM and SIGUSR1: a scheduler wants the run to end, so it saves and leaves.
+
+A signal reaches some processes, at different times. Each notes it and goes on; that it was asked
+passes through a collective at a place that all ranks reach, so all stop there. torchrun, too,
+sends SIGTERM: to those that are left when one process died, who would wait for it in vain. A
+thread tells the two apart, since the main one may be waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+import torch
+
+from megatron_sdar.parallel.launch import gather_from_all
+from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_world
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOOK_EVERY = 0.2
+
+
+class StopSignal:
+    """Notes a signal that asks this process to stop; a context manager of the main thread.
+
+    Args:
+        mesh: all ranks of the run.
+        silent_ranks: those that are not heard of any more, wherever they run.
+        leave: ends the process; tests pass their own.
+
+    Attributes:
+        name: of the signal that came first; None: none came.
+
+    Collective: all_gather_object (world).
+    """
+
+    def __init__(
+        self,
+        mesh: ParallelMesh,
+        silent_ranks: Callable[[], list[int]],
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._mesh, self._silent_ranks, self._leave = mesh, silent_ranks, leave
+        # Processes with one parent are torchrun's on this host.
+        own = (os.uname().nodename, os.getppid())
+        places = gather_from_all((own, os.getpid()), mesh)
+        self._siblings = [pid for parent, pid in places if parent == own and pid != os.getpid()]
+        self.name: str | None = None
+        self._asked_at = 0.0
+        self._agreed = threading.Event()
+        self._reading, self._writing = os.pipe()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.name is not None
+
+    def anybody_asked(self) -> bool:
+        """Whether any rank was asked to stop, the same on all. Collective: all_reduce (world)."""
+        vote = torch.full((), float(self.is_asked), device=self._mesh.device)
+        return bool(sum_over_world(vote).item())
+
+    def agree(self) -> str:
+        """All ranks have come to where they stop; returns who was asked, in words.
+
+        Collective: all_gather_object (world).
+        """
+        self._agreed.set()
+        names = gather_from_all(self.name, self._mesh)
+        asked: dict[str, list[int]] = {}
+        for rank, name in enumerate(names):
+            if name is not None:
+                asked.setdefault(name, []).append(rank)
+        return ", ".join(f"{name} to {_ranks(ranks)}" for name, ranks in asked.items())
+
+    @property
+    def seconds(self) -> float:
+        """Since this process was asked; 0: it was not."""
+        return time.monotonic() - self._asked_at if self.is_asked else 0.0
+
+    def __enter__(self) -> StopSignal:
+        os.set_blocking(self._writing, False)
+        self._earlier = [signal.signal(number, _note) for number in SIGNALS]
+        self._earlier_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.set_wakeup_fd(self._earlier_fd)
+        for number, handler in zip(SIGNALS, self._earlier, strict=True):
+            signal.signal(number, handler)
+        self._agreed.set()
+        os.close(self._writing)  # ends the thread
+        self._thread.join()
+        os.close(self._reading)
+
+    def _listen(self) -> None:
+        """A signal's number arrives here even while the main thread waits in a collective."""
+        while numbers := os.read(self._reading, 64):
+            wanted = [number for number in numbers if number in SIGNALS]
+            if not wanted or self.is_asked:
+                continue
+            self._asked_at = time.monotonic()
+            self.name = signal.Signals(wanted[0]).name
+            while not self._agreed.wait(_LOOK_EVERY):
+                if any(map(_is_gone, self._siblings)) or self._silent_ranks():
+                    self._leave(128 + wanted[0])
+                    return
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Instead of what a signal does by default; the thread reads its number."""
+    del number, frame
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process ended and torchrun knows."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"{len(ranks)} ranks"
