@@ -62,7 +62,12 @@ def main(argv: Sequence[str]) -> None:
     parallel = config.parallel
     if device_name == "cpu":
         keep_freed_memory()
-    device = start_process_group(launch, device_name, parallel.ddp_backend, parallel.ddp_timeout)
+    try:
+        device = start_process_group(
+            launch, device_name, parallel.ddp_backend, parallel.ddp_timeout
+        )
+    except RuntimeError as error:
+        leave_alone(f"the processes do not find each other: {error}", launch)
     try:
         mesh = build_mesh(
             device,

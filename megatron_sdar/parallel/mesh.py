@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron_sdar.parallel.rendezvous import own_store
+
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 CONTROL_TIMEOUT = timedelta(days=7)
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -153,6 +155,9 @@ def start_process_group(
         device_type: "cpu" or "cuda".
         backend: None picks gloo on cpu and nccl (gloo for cpu tensors) on cuda.
         timeout_seconds: collective timeout.
+
+    Raises:
+        RuntimeError: the ranks do not find each other.
     """
     if backend is None:
         backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -162,7 +167,14 @@ def start_process_group(
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if set(RENDEZVOUS) <= set(os.environ):
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend,
+            store=own_store(store, rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout

@@ -51,7 +51,9 @@ class StopSignal:
         self._siblings = [pid for parent, pid in places if parent == own and pid != os.getpid()]
         self.name: str | None = None
         self._asked_at = 0.0
-        self._agreed = threading.Event()
+        self._number = 0
+        self._has_agreed = False
+        self._is_over = threading.Event()
         self._reading, self._writing = os.pipe()
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
 
@@ -70,7 +72,7 @@ class StopSignal:
 
         Collective: all_gather_object (world).
         """
-        self._agreed.set()
+        self._has_agreed = True
         names = gather_from_all(self.name, self._mesh)
         asked: dict[str, list[int]] = {}
         for rank, name in enumerate(names):
@@ -99,23 +101,31 @@ class StopSignal:
         signal.set_wakeup_fd(self._earlier_fd)
         for number, handler in zip(SIGNALS, self._earlier, strict=True):
             signal.signal(number, handler)
-        self._agreed.set()
-        os.close(self._writing)  # ends the thread
+        self._is_over.set()
+        os.write(self._writing, b"\0")  # its end would not be seen: forked workers hold the pipe
         self._thread.join()
-        os.close(self._reading)
+        for end in (self._reading, self._writing):
+            os.close(end)
+        if error is not None:
+            self._leave_if_useless()  # rather than wait for others to say what is known
 
     def _listen(self) -> None:
         """A signal's number arrives here even while the main thread waits in a collective."""
-        while numbers := os.read(self._reading, 64):
-            wanted = [number for number in numbers if number in SIGNALS]
+        while not self._is_over.is_set():
+            wanted = [number for number in os.read(self._reading, 64) if number in SIGNALS]
             if not wanted or self.is_asked:
                 continue
-            self._asked_at = time.monotonic()
-            self.name = signal.Signals(wanted[0]).name
-            while not self._agreed.wait(_LOOK_EVERY):
-                if any(map(_is_gone, self._siblings)) or self._silent_ranks():
-                    self._leave(128 + wanted[0])
-                    return
+            self._asked_at, self._number = time.monotonic(), wanted[0]
+            self.name = signal.Signals(self._number).name
+            while not self._is_over.wait(_LOOK_EVERY):
+                self._leave_if_useless()
+
+    def _leave_if_useless(self) -> None:
+        """End this process if it was asked to and another one will never come to agree."""
+        if self._has_agreed or not self.is_asked:
+            return
+        if any(map(_is_gone, self._siblings)) or self._silent_ranks():
+            self._leave(128 + self._number)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -211,13 +211,13 @@ class TrainingLoop:
     def _leave(self) -> str:
         """Save where all ranks stop; returns who was asked to. Collectives: those of saving."""
         asked = self._stop.agree()
-        self._say(f"asked to stop ({asked}) in step {self._state.done}")
+        self._say(f"asked to stop ({asked}): after step {self._state.done}")
         if self._state.done:
             self._watchdog.beat("saving, to stop", limited=False)
             state = self._state.to_save(self._plan)
             self._checkpoint = self._writer.save(self._state.done, state, is_last=True)
             if self._stop.is_asked:
-                self._say(f"left {self._stop.seconds:.1f} s after the signal")
+                self._say(f"saved {self._stop.seconds:.1f} s after the signal")
         return asked
 
     def _give_up(self) -> str:

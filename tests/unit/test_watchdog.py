@@ -215,3 +215,17 @@ def test_the_timeout_comes_before_that_of_the_collectives() -> None:
     assert watchdog_timeout(ParallelConfig(ddp_timeout=100)) == 90
     assert watchdog_timeout(ParallelConfig(watchdog_timeout=7)) == 7
     assert watchdog_timeout(ParallelConfig(watchdog_timeout=0)) == float("inf")
+
+
+def test_silent_ranks_are_found_by_any_rank(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    one, two = world.watchdog(0, 2), world.watchdog(1, 2)
+    assert one.silent_ranks() == [], "not all have entered"
+    one._publish()
+    two._publish()
+    deadline = time.monotonic() + 20
+    while not (found := two.silent_ranks()):
+        assert time.monotonic() < deadline
+        one._publish()
+        time.sleep(0.02)
+    assert found == [1]
