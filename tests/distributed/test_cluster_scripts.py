@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,26 @@ set -e
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 "$@" & first=$!
 "$@" & second=$!
-wait $first
+trap 'kill -USR1 $first $second' USR1
+wait $first || wait $first
 wait $second
+"""
+
+SCONTROL = """\
+#!/bin/sh
+[ "$1" = requeue ] && echo "requeued $2"
+[ "$1" = show ] && printf "localhost\\nother\\n"
+exit 0
+"""
+# A process that trains until it is asked to stop, under a torchrun that waits for it.
+WORKER = f"""\
+#!{sys.executable}
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(0))
+sys.stdout.write("training\\n")
+sys.stdout.flush()
+time.sleep(60)
+sys.exit(9)
 """
 
 
@@ -36,7 +55,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """What Slurm sets, with its two programs in front of the PATH."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\necho other\n"}.items():
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     path = f"{tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -48,7 +67,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": str(random.SystemRandom().randrange(10**6)),
         "NPROC_PER_NODE": "1",
-        "MAX_RESTARTS": "0",
+        "MAX_RELAUNCHES": "0",
+        "RELAUNCH_DELAY": "0.1",
     }
 
 
@@ -69,17 +89,48 @@ def test_every_node_gets_one_torchrun(tmp_path: Path, environment: dict[str, str
     # A file per node: two that append to one file at the same time mix their lines.
     torchrun.write_text(
         f'#!/bin/sh\n{{ printf "%s|" "$OMP_NUM_THREADS" "$@"; echo; }} > {tmp_path}/call.$$\n'
-        "exit $FAILS\n"
+        f"[ $(ls {tmp_path}/call.* | wc -l) -ge ${{SUCCEEDS_AT:-0}} ] && exit $FAILS; exit 5\n"
     )
     torchrun.chmod(0o755)
     environment |= {"SLURM_JOB_ID": "1230007", "OMP_NUM_THREADS": "", "FAILS": "0"}
+    environment |= {"TORCHRUN_ARGS": "--log-dir /x"}
     assert submit(["my.yaml", "default_system=two words"], environment).returncode == 0
     line = (
         "1|--nnodes|2|--nproc_per_node|1|--rdzv_backend|c10d|--rdzv_endpoint|localhost:20007|"
-        "--rdzv_id|1230007|--max_restarts|0|pretrain_sdar.py|my.yaml|default_system=two words|"
+        "--rdzv_id|1230007|--max_restarts|0|--log-dir|/x|pretrain_sdar.py|my.yaml|"
+        "default_system=two words|job_id=1230007|"
     )
     assert [call.read_text() for call in tmp_path.glob("call.*")] == [f"{line}\n"] * 2
     assert submit(["my.yaml"], environment | {"FAILS": "3"}).returncode == 3
+    for path in tmp_path.glob("call.*"):
+        path.unlink()
+    # Both nodes start it again until a sixth start in all is one that succeeds.
+    again = submit(["my.yaml"], environment | {"MAX_RELAUNCHES": "5", "SUCCEEDS_AT": "6"})
+    assert again.returncode == 0, again.stderr
+    assert "torchrun ended with exit code 5; relaunch 2 of 5 in 0.1 s" in again.stderr
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "torchrun_multi_node.sh"])
+def test_a_signal_reaches_the_training_processes_alone(
+    tmp_path: Path, environment: dict[str, str], script: str
+) -> None:
+    launcher = f"#!/bin/sh\n{tmp_path}/bin/worker & wait $!; code=$?; echo $code; exit $code\n"
+    for name, text in {"torchrun": launcher, "worker": WORKER}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment |= {"HEAD_NODE": "localhost", "NUM_NODES": "1", "RUN_ID": "7"}
+    process = subprocess.Popen(
+        ["bash", str(CLUSTER / script), "my.yaml"],
+        env=environment | {"MAX_RELAUNCHES": "3"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    nodes = 2 if script == "slurm.sbatch" else 1
+    for _ in range(nodes):
+        assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGUSR1)
+    text, _ = process.communicate(timeout=30)
+    requeued = f"requeued {environment['SLURM_JOB_ID']}\n" if nodes == 2 else ""
+    assert (process.returncode, text) == (0, "0\n" * nodes + requeued)
 
 
 @pytest.mark.slow
@@ -104,9 +155,9 @@ def test_two_nodes_train_together(tmp_path: Path, environment: dict[str, str]) -
     assert marker.layout == {"tp": 2, "pp": 1, "dp": 1}, "both nodes are one world"
 
 
-@pytest.mark.parametrize("missing", ["HEAD_NODE", "NUM_NODES"])
+@pytest.mark.parametrize("missing", ["HEAD_NODE", "NUM_NODES", "RUN_ID"])
 def test_what_is_missing_is_said(environment: dict[str, str], missing: str) -> None:
-    given = {"HEAD_NODE": "localhost", "NUM_NODES": "1"}
+    given = {"HEAD_NODE": "localhost", "NUM_NODES": "1", "RUN_ID": "7"}
     given.pop(missing)
     script = ["bash", str(CLUSTER / "torchrun_multi_node.sh"), "x.yaml"]
     result = subprocess.run(
@@ -117,7 +168,7 @@ def test_what_is_missing_is_said(environment: dict[str, str], missing: str) -> N
 
 
 def test_without_a_config_both_say_how_they_are_used(environment: dict[str, str]) -> None:
-    environment |= {"HEAD_NODE": "localhost", "NUM_NODES": "1"}
+    environment |= {"HEAD_NODE": "localhost", "NUM_NODES": "1", "RUN_ID": "7"}
     for script in ("slurm.sbatch", "torchrun_multi_node.sh"):
         command = ["bash", str(CLUSTER / script)]
         result = subprocess.run(
