@@ -20,17 +20,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TextIO
 
 import torch.distributed as dist
 
+from megatron_sdar.parallel.collective_frames import is_from_collective, waiting_in
 from megatron_sdar.parallel.flight_recorder import recorded_collectives
 from megatron_sdar.parallel.hang_report import RankState, describe_hang
 
 LONGEST_INTERVAL = 2.0
 ANSWER_SECONDS = 4.0  # in which ranks answer rank 0, and rank 0 tells them that it has reported
-_COLLECTIVES_FILES = ("distributed_c10d.py", "_functional_collectives.py")
 
 
 class StalledError(RuntimeError):
@@ -84,8 +84,13 @@ class Watchdog:
         self._seen: dict[int, _Seen] = {}
         self._heard: dict[int, tuple[int, float]] = {}
         self._reporting = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._reached_at = time.monotonic()
+        self._report_ends: tuple[float, str] | None = None
+        self._stop, self._over = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("watchdog", self._watch), ("watchdog's guard", self._guard))
+        ]
         self._watched = threading.get_ident()
 
     def beat(self, phase: str, step: int | None = None, *, limited: bool = True) -> None:
@@ -102,7 +107,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._watched = threading.get_ident()
         self._publish()
-        self._thread.start()
+        self._reached_at = time.monotonic()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -116,26 +123,48 @@ class Watchdog:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             why = f"rank {self._rank} ({self._place}): {first}"
             self._report(why, error)
+            self._over.set()
             raise StalledError(
                 f"step {self._step}, {self._phase}: {first}; the output of rank 0 and "
                 f"{self._directory} say what each rank was doing"
             ) from error
         self._stop.set()
+        self._over.set()
+
+    def _guard(self) -> None:
+        """Leave when the store does not even fail: a dead link keeps whoever asks it waiting."""
+        looked_at = time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            if now - looked_at > 3 * self._interval + ANSWER_SECONDS:
+                self._reached_at = now  # this process was stopped
+            looked_at = now
+            if self._report_ends is not None:
+                ends, why = self._report_ends
+                is_over, why = now > ends, f"{why}; the rendezvous store does not answer"
+            else:
+                is_over = now - self._reached_at > self._timeout + self._interval
+                why = f"the rendezvous store does not answer for {self._timeout:g} s"
+            if is_over:
+                self._say(f"rank {self._rank}: error: {why}")
+                self._write(self._own_state(None))
+                self._leave(1)
+                return
 
     def _watch(self) -> None:
-        reached_at = looked_at = time.monotonic()
+        looked_at = time.monotonic()
         while not self._stop.wait(self._interval):
             now = time.monotonic()
             if now - looked_at > 3 * self._interval + ANSWER_SECONDS:
                 self._forgive(now)  # this process was stopped: of the others nothing is known
-                reached_at = now
+                self._reached_at = now
             looked_at = now
             try:
                 self._publish()
                 why = self._look(now)
-                reached_at = time.monotonic()
+                self._reached_at = time.monotonic()
             except RuntimeError as error:  # every error of a store
-                if time.monotonic() - reached_at < self._timeout or self._stop.is_set():
+                if time.monotonic() - self._reached_at < self._timeout or self._stop.is_set():
                     continue
                 why = f"rank {self._rank} cannot reach the rendezvous store: {error}"
             if why is not None and self._report(why, None):
@@ -203,6 +232,7 @@ class Watchdog:
             self._stop.set()
             state = self._own_state(error)
             self._write(state)
+            self._report_ends = time.monotonic() + 2 * ANSWER_SECONDS, why
             try:
                 self._store.set(f"state/{self._rank}", json.dumps(asdict(state)))
                 if self._rank == 0:
@@ -280,30 +310,6 @@ class Watchdog:
     def _say(self, text: str) -> None:
         self._err.write(text + "\n")
         self._err.flush()
-
-
-def waiting_in(frame: FrameType | None) -> str | None:
-    """The function of torch.distributed that a stack is in, None if it is in none."""
-    found = None
-    while frame is not None:
-        if frame.f_code.co_filename.endswith(_COLLECTIVES_FILES):
-            found = frame.f_code.co_name
-        frame = frame.f_back
-    return found
-
-
-def is_from_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised it: a peer is gone, or did not come in time."""
-    if isinstance(error, dist.DistError):
-        return True
-    if not isinstance(error, RuntimeError) or isinstance(error, StalledError):
-        return False
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(_COLLECTIVES_FILES):
-            return True
-        trace = trace.tb_next
-    return "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

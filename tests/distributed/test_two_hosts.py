@@ -22,7 +22,7 @@ from distributed.torchrun import TorchRun
 
 from megatron_sdar.data.demo import make_demo_data
 
-STEPS, TIMEOUT = 120, 6
+STEPS, TIMEOUT = 120, 12
 ADDRESSES = ("10.99.7.1", "10.99.7.2")
 
 
@@ -121,24 +121,25 @@ def test_a_cut_link_ends_both_sides_and_a_mended_one_goes_on(tmp_path: Path, cab
     make_demo_data(tmp_path, 120)
     keys = settings(
         tmp_path, fp64=False, max_steps=STEPS, save_steps=5, eval_steps=50, save_total_limit=3,
-        ddp_timeout=TIMEOUT, logging_steps=5,
+        logging_steps=5,
     )  # fmt: skip
     whole = TorchRun(2, keys, tmp_path / "whole")
     assert whole.end() == 0, whole.text
     output, config = tmp_path / "cut", tmp_path / "cut.yaml"
     written = (tmp_path / "whole.yaml").read_text()
-    config.write_text(written.replace(str(tmp_path / "whole"), str(output)))
+    limit = f"ddp_timeout: {TIMEOUT}\n"
+    config.write_text(limit + written.replace(str(tmp_path / "whole"), str(output)))
     nodes = [Node(cable, number, config) for number in range(2)]
     try:
         nodes[0].wait_for(r"saved \S+/checkpoint-10 ")
         cable.cut()
         cut = time.monotonic()
         for number, node in enumerate(nodes):
-            node.wait_for("torchrun ended with exit code 1; relaunch 1 of 10")
-            print(f"host {number} has ended {time.monotonic() - cut:.1f} s after the cut")
-            assert re.search(r"^(rank \d: )?error: ", node.text, re.M), node.text
+            node.wait_for(r"(?m)^(rank \d: )?error: ")
+            print(f"host {number} gave up {time.monotonic() - cut:.1f} s after the cut")
+        nodes[0].wait_for("torchrun ended with exit code 1; relaunch 1 of 10")
         assert "missing: rank 1 is silent" in nodes[0].text
-        assert "step 120/" not in nodes[0].text
+        assert f"step {STEPS}/" not in nodes[0].text
         cable.mend()
         mended = time.monotonic()
         nodes[0].wait_for(rf"resumed from {output}/checkpoint-\d+", 200)

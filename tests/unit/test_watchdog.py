@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sdar.config import ParallelConfig
+from megatron_sdar.parallel.collective_frames import is_from_collective
 from megatron_sdar.parallel.hang_report import RankState, missing_ranks
-from megatron_sdar.parallel.watchdog import StalledError, Watchdog, is_from_collective
+from megatron_sdar.parallel.watchdog import StalledError, Watchdog
 from megatron_sdar.training.stall_watch import watchdog_timeout
 
 TIMEOUT = 0.6
@@ -129,6 +130,7 @@ def stops(world: World) -> Callable[[Watchdog], None]:
         watchdog.beat("forward of micro-batch 0", 3)
         time.sleep(0.2)  # its thread is heard of at least once
         watchdog._stop.set()
+        watchdog._over.set()
         assert world.over.wait(20)
 
     world.silent += 1
@@ -229,3 +231,43 @@ def test_silent_ranks_are_found_by_any_rank(tmp_path: Path) -> None:
         one._publish()
         time.sleep(0.02)
     assert found == [1]
+
+
+class DeadStore:
+    """A store behind a link that was cut: after a while no question is answered."""
+
+    def __init__(self, store: dist.Store, over: threading.Event) -> None:
+        self._store, self._over = store, over
+        self.is_dead = threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def ask(*arguments: object) -> object:
+            if self.is_dead.is_set():
+                assert self._over.wait(20)
+            return getattr(self._store, name)(*arguments)
+
+        return ask
+
+
+@pytest.mark.parametrize("in_a_collective", [False, True])
+def test_a_store_that_does_not_answer_holds_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, in_a_collective: bool
+) -> None:
+    monkeypatch.setattr("megatron_sdar.parallel.watchdog.ANSWER_SECONDS", 0.2)
+    dead = DeadStore(world.store, world.over)
+    world.store = dead  # type: ignore[assignment]
+
+    def work(watchdog: Watchdog) -> None:
+        watchdog.beat("sums of gradients", 7)
+        dead.is_dead.set()
+        if in_a_collective:
+            SCOPE["fail"]()
+        assert world.over.wait(20)
+
+    world.run(work)
+    assert world.left == {0: 1}
+    why = "rank 0: error: the rendezvous store does not answer for 0.6 s"
+    if in_a_collective:
+        why = "rank 0: error: rank 0 (tp 0): Timed out; the rendezvous store does not answer"
+    assert why in world.said(0)
+    assert "sums of gradients" in (world.folder / "rank-0.txt").read_text()
