@@ -6,12 +6,13 @@ can be converted but not trained yet (`Architecture.require_dense`). No default 
 size, and none for rope_theta, whose usual silent fallback ruins a model.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_sdar.regular_files import read_json
 
 
 @dataclass(frozen=True)
@@ -193,18 +194,12 @@ def load_architecture(model_dir: str | Path) -> Architecture:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
-            text = stream.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        content = json.loads(text.decode("utf-8"))
+        content = read_json(path, _MAX_BYTES)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot read it: {error.strerror or error}; "
             "model_name_or_path must be a local directory that holds config.json"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -20,6 +20,7 @@ import torch
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.remote_code import remote_code
 from megatron_sdar.checkpoint.safetensors_files import contained_file
+from megatron_sdar.regular_files import read_json
 
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -161,11 +162,9 @@ def config_json(arch: Architecture, assets: HfAssets, dtype: torch.dtype) -> dic
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; ValueError names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_sdar.checkpoint.checksums import Checksum
 from megatron_sdar.checkpoint.io_threads import Flusher
 from megatron_sdar.checkpoint.page_cache import forget_pages
+from megatron_sdar.regular_files import check_regular
 
 BLOCK_BYTES = 8 * 2**20
 _FORGET_BYTES = 2**20  # less is not worth a call; what shares pages with it is read next anyway
@@ -126,6 +127,7 @@ class SafetensorsReader:
         self.path = path
         self._keep_cached = keep_cached
         try:
+            check_regular(path)
             with safe_open(str(path), framework="pt"):  # checks the whole header
                 self._file = path.open("rb", buffering=0)
             (length,) = struct.unpack("<Q", self._file.read(8))

@@ -127,7 +127,7 @@ def run_job(request: TextRequest, launch: LaunchInfo, write: Write) -> JobReport
     device = start_process_group(launch, chosen, None, PROCESS_GROUP_TIMEOUT_SECONDS)
     try:
         report = _run(job, source, build_mesh(device, tp, pp, True), started, write)
-    except ValueError:
+    except (ValueError, OSError):
         if launch.world_size == 1:  # several ranks need the group to leave together
             stop_process_group()
         raise

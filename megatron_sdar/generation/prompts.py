@@ -114,7 +114,7 @@ def read_prompts(path: Path, system: str) -> list[Prompt]:
 def _read(line: str, place: str, system: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a {type(record).__name__}, not an object with a prompt")

@@ -29,19 +29,24 @@ from megatron_sdar.training.checkpoints import CheckpointWriter, adapter_origin,
 from megatron_sdar.training.evaluation import SAMPLES_NAME, Evaluator
 from megatron_sdar.training.metrics import LOG_NAME, Reporter, trim_log
 from megatron_sdar.training.nonfinite import SkippedSteps
+from megatron_sdar.training.output_files import replace_json, written
 from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import prepare, prepare_evaluator
 from megatron_sdar.training.reporting import evaluate, open_reporter, write_train_results
-from megatron_sdar.training.results import replace_json
 from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.stall_watch import make_watchdog
 from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
 from megatron_sdar.training.trackers import wanted_trackers
-from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
+from megatron_sdar.training.trainer_state import (
+    TRAINER_STATE_NAME,
+    own_state_of,
+    state_of,
+    trainer_state,
+)
 from megatron_sdar.training.weight_check import WeightCheck
 
 
@@ -131,7 +136,8 @@ class TrainingRun:
         """Make output_dir; the checkpoints to resume from, best first (rank 0)."""
         training = self.config.training
         wanted_trackers(self.config.reporting.report_to)  # refused here, not after preparations
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with written(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         for line in incomplete_checkpoints(self.output_dir):
             self.say(f"passed over: {line}")
         return resume_candidates(
@@ -142,19 +148,20 @@ class TrainingRun:
         self, candidates: list[Path], step: TrainingStep, loader: RowLoader, log: StepLog
     ) -> Path:
         resumed = resume(candidates, self.config.training, step, self.say, self.adapter)
-        state, self.damaged = own_state_of(resumed.state), resumed.damaged
-        self.done = int(resumed.state["step"])
-        if "loader" in state:  # a checkpoint converted from a model directory has weights only
-            loader.load_state_dict(state["loader"])
-            log.load_state_dict(state["interval"])
-            first_loss = state["first_loss"]
-            self.first_loss = math.nan if first_loss is None else first_loss
-        if "skipped" in state:
-            self.skipped.load_state_dict(state["skipped"])
-            step.optimizer.set_step_count(self.done - len(self.skipped.steps))
-        if "best" in state:
-            self.best.load_state_dict(state["best"])
-            self._forget_lost_best()
+        self.damaged, self.done = resumed.damaged, int(resumed.state["step"])
+        with state_of(resumed.path):
+            state = own_state_of(resumed.state)
+            if "loader" in state:  # a checkpoint converted from a model directory has weights only
+                loader.load_state_dict(state["loader"])
+                log.load_state_dict(state["interval"])
+                first_loss = state["first_loss"]
+                self.first_loss = math.nan if first_loss is None else first_loss
+            if "skipped" in state:
+                self.skipped.load_state_dict(state["skipped"])
+                step.optimizer.set_step_count(self.done - len(self.skipped.steps))
+            if "best" in state:
+                self.best.load_state_dict(state["best"])
+        self._forget_lost_best()
         self.say(f"resumed from {resumed.path}: step {self.done}, epoch {loader.epoch:.3f}")
         return resumed.path
 

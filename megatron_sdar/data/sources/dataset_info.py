@@ -5,7 +5,6 @@ is either honoured or refused by name with the remedy; nothing in it is ignored 
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from megatron_sdar.data.readers.line_files import TEXT_COLUMN
 from megatron_sdar.data.readers.spans import TABLE_SUFFIXES, TEXT_SUFFIXES, data_suffix
 from megatron_sdar.data.sources.layouts import Columns, Layout, Tags
+from megatron_sdar.regular_files import read_json
 
 STAGES = ("sft", "pt")
 
@@ -71,10 +71,7 @@ def read_dataset_info(
     file = Path(dataset_dir) / "dataset_info.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; set dataset_dir to the folder that holds it")
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    info = read_json(file)
     if not isinstance(info, dict):
         raise ValueError(f"{file}: must hold one object of name: entry")
     specs = []

@@ -7,7 +7,6 @@ padded, whatever the tokenizer file asks for. No code of the model directory is 
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from megatron_sdar.data.tokenization.fast_tokenizer import (
     check_texts,
     cross_check,
 )
+from megatron_sdar.regular_files import check_regular, read_json
 
 MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 _MAX_ID_DIGITS = 10
+_MAX_BYTES = 2**30  # of tokenizer.json, of which the largest have some 40 MB
 
 
 class SdarTokenizer:
@@ -180,6 +181,7 @@ def load_tokenizer(path: str | Path) -> SdarTokenizer:
 
 
 def _from_file(file: Path) -> Tokenizer:
+    check_regular(file, _MAX_BYTES)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception for unreadable files
@@ -271,10 +273,7 @@ def _add_declared(backend: Tokenizer, file: Path, tokens: dict[int, AddedToken])
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold one JSON object, got {type(content).__name__}")
     return content
