@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sdar.regular_files import read_json
+from megatron_sdar.regular_files import read_json, shown
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     model_type = content.get("model_type")
     if model_type not in (*_DENSE_TYPES, *_MOE_TYPES):
         raise ValueError(
-            f"{path}: model_type is {model_type!r}; use a model of type "
+            f"{path}: model_type is {shown(model_type)}; use a model of type "
             f"{', '.join((*_DENSE_TYPES, *_MOE_TYPES))}"
         )
 
@@ -182,7 +182,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     eos = content.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if eos is not None and not all(_is_token(item) for item in ids):
-        problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+        problems.append(f"eos_token_id is {shown(eos)}; it must be a token id or a list of them")
     values["eos_token_id"] = ids if isinstance(eos, list) else eos
     values["experts"] = _experts(content, model_type in _MOE_TYPES, problems)
     if not problems:
@@ -242,7 +242,7 @@ def _take(
     if value is None:
         problems.append(f"{name} is missing; it must be {wanted}")
     elif not holds(value):
-        problems.append(f"{name} is {value!r}; it must be {wanted}")
+        problems.append(f"{name} is {shown(value)}; it must be {wanted}")
     return value
 
 
@@ -250,7 +250,7 @@ def _experts(content: Mapping[str, Any], is_moe: bool, problems: list[str]) -> E
     if not is_moe:
         counts = [key for key in ("num_experts", "num_local_experts") if content.get(key)]
         problems += [
-            f"{key} is {content[key]!r} in a dense model; model_type must then be one of "
+            f"{key} is {shown(content[key])} in a dense model; model_type must then be one of "
             f"{', '.join(_MOE_TYPES)}"
             for key in counts
         ]
@@ -274,13 +274,13 @@ def _unsupported(
     content: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]
 ) -> list[str]:
     problems = [
-        f"{key} is {content[key]!r}; {advice}"
+        f"{key} is {shown(content[key])}; {advice}"
         for key, (values, advice) in only.items()
         if key in content and content[key] not in values
     ]
     layers = content.get("layer_types") or []
     if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
-        problems.append(f"layer_types is {layers!r}; it must be a list of names")
+        problems.append(f"layer_types is {shown(layers)}; it must be a list of names")
     elif kinds := set(layers) - {"full_attention"}:
         problems.append(f"layer_types has {sorted(kinds)}; only full_attention is available")
     return problems
@@ -295,9 +295,9 @@ def _rope_theta(content: Mapping[str, Any], problems: list[str]) -> Any:
             continue
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
         if not isinstance(rope, dict) or kind not in ("default", None):
-            problems.append(f"{name} is {rope!r}; only plain rotary embedding is available")
+            problems.append(f"{name} is {shown(rope)}; only plain rotary embedding is available")
         elif rope.get("partial_rotary_factor", 1) != 1:
-            problems.append(f"{name} is {rope!r}; partial rotary embedding is not available")
+            problems.append(f"{name} is {shown(rope)}; partial rotary embedding is not available")
         elif rope.get("rope_theta") is not None:
             found.append(rope["rope_theta"])
     if not found:

@@ -15,6 +15,7 @@ from typing import Any
 
 MIB = 2**20
 JSON_BYTES = 64 * MIB  # no configuration or list of names comes near it
+_SHOWN = 200
 
 
 class IrregularFileError(ValueError):
@@ -61,6 +62,12 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A value of such a file in a message: its repr, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _check(path: Path, status: os.stat_result, limit: int | None) -> None:

@@ -20,7 +20,7 @@ import torch
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.remote_code import remote_code
 from megatron_sdar.checkpoint.safetensors_files import contained_file
-from megatron_sdar.regular_files import read_json
+from megatron_sdar.regular_files import read_json, shown
 
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -135,7 +135,7 @@ def _auto_map(model_dir: Path, files: Mapping[str, Path]) -> dict[str, str]:
     default = _SDAR_MOE_CODE if content.get("model_type") == "sdar_moe" else _SDAR_CODE
     stated = content.get("auto_map") or default
     if not isinstance(stated, dict):
-        raise ValueError(f"{path}: auto_map is {stated!r}; it must be a JSON object or absent")
+        raise ValueError(f"{path}: auto_map is {shown(stated)}; it must be a JSON object or absent")
     return {
         key: value
         for key, value in stated.items()

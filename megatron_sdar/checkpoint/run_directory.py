@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sdar.checkpoint.checksums import Checksum, FileRecord, file_record
 from megatron_sdar.checkpoint.hf_assets import read_json_object
-from megatron_sdar.regular_files import read_regular
+from megatron_sdar.regular_files import read_regular, shown
 
 MODEL_DIR, OPTIMIZER_DIR, HF_DIR = "model", "optimizer", "hf"
 STATE_NAME, RESOLVED_CONFIG_NAME, MARKER_NAME = "trainer_state.json", "config.yaml", "COMMITTED"
@@ -68,8 +68,8 @@ def read_marker(checkpoint: Path) -> Marker:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise DamagedCheckpointError(
-            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; use the "
-            "version of megatron_sdar that wrote it"
+            f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}; use "
+            "the version of megatron_sdar that wrote it"
         )
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
@@ -123,15 +123,12 @@ def _encoded(marker: Marker) -> bytes:
 
 
 def _size_problem(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
-    size = _size(checkpoint / name)
+    path = checkpoint / name
+    size = path.stat().st_size if path.is_file() else None
     if size == wanted.num_bytes:
         return None
     found = "missing" if size is None else f"{size} bytes"
     return f"{name} ({found}, should have {wanted.num_bytes})"
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def damaged_files(
@@ -220,17 +217,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
-
-
 def checkpoint_directories(output_dir: Path) -> list[Path]:
     """Every checkpoint-N, complete or not."""
-    return [path for path in _entries(output_dir) if _CHECKPOINT.fullmatch(path.name)]
+    entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else ()
+    return [path for path in entries if _CHECKPOINT.fullmatch(path.name)]
 
 
 def _leftovers(output_dir: Path) -> list[Path]:
-    return [path for path in _entries(output_dir) if _LEFTOVER.fullmatch(path.name)]
+    entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else ()
+    return [path for path in entries if _LEFTOVER.fullmatch(path.name)]
 
 
 def _scan(output_dir: Path) -> tuple[list[tuple[Path, Marker]], list[str]]:

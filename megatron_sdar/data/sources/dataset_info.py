@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sdar.data.readers.line_files import TEXT_COLUMN
 from megatron_sdar.data.readers.spans import TABLE_SUFFIXES, TEXT_SUFFIXES, data_suffix
 from megatron_sdar.data.sources.layouts import Columns, Layout, Tags
-from megatron_sdar.regular_files import read_json
+from megatron_sdar.regular_files import read_json, shown
 
 STAGES = ("sft", "pt")
 
@@ -78,7 +78,7 @@ def read_dataset_info(
     for name in names:
         if name not in info:
             near = difflib.get_close_matches(name, info, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(info) or 'none'}"
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {shown(list(info))}"
             raise ValueError(f"{file}: no dataset {name!r}; {hint}")
         specs.append(_read_entry(f"{file}: {name}", name, info[name], Path(dataset_dir), stage))
     return specs
@@ -128,13 +128,13 @@ def _read_entry(where: str, name: str, entry: object, dataset_dir: Path, stage: 
     num_samples = entry.get("num_samples")
     if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
         raise ValueError(
-            f"{where}: 'num_samples' must be a whole number from 1 on, got {num_samples!r}; leave "
-            "it out to take every record once"
+            f"{where}: 'num_samples' must be a whole number from 1 on, got {shown(num_samples)}; "
+            "leave it out to take every record once"
         )
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _FORMATTINGS:
         raise ValueError(
-            f"{where}: 'formatting' {formatting!r} is not supported; use "
+            f"{where}: 'formatting' {shown(formatting)} is not supported; use "
             f"{', '.join(map(repr, _FORMATTINGS))}"
         )
     if not isinstance(entry.get("file_name"), str):
@@ -160,7 +160,7 @@ def _check_keys(where: str, entry: dict[str, Any]) -> None:
         if key not in _ENTRY_KEYS and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, _ENTRY_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_ENTRY_KEYS)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
     if entry.get("ranking"):
         raise ValueError(
             f"{where}: 'ranking' is true: preference data cannot be used for fine-tuning; give "
@@ -168,8 +168,8 @@ def _check_keys(where: str, entry: dict[str, Any]) -> None:
         )
     if entry.get("split") not in (None, "train"):
         raise ValueError(
-            f"{where}: 'split' {entry['split']!r} is not supported: local files have no splits; "
-            "name the file of that split as 'file_name'"
+            f"{where}: 'split' {shown(entry['split'])} is not supported: local files have no "
+            "splits; name the file of that split as 'file_name'"
         )
 
 
@@ -214,7 +214,7 @@ def _read_names(
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise ValueError(f"{where}: unknown name {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown name {shown(key)}; {hint}")
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
         names[key] = value

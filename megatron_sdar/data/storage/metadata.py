@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sdar.regular_files import read_json
+from megatron_sdar.regular_files import read_json, shown
 
 FORMAT_VERSION = 2
 COUNTS = ("num_documents", "num_tokens", "num_label_tokens", "num_mask_documents")
@@ -165,7 +165,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
         value = content.get(name)
         if name not in content or not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
-                f"{path}: {name!r} is missing or of the wrong type: {value!r}; {remedy}"
+                f"{path}: {name!r} is missing or of the wrong type: {shown(value)}; {remedy}"
             )
     for source in content["sources"]:
         layout = source.get("layout") if isinstance(source, dict) else None

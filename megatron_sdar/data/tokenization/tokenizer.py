@@ -22,7 +22,7 @@ from megatron_sdar.data.tokenization.fast_tokenizer import (
     check_texts,
     cross_check,
 )
-from megatron_sdar.regular_files import check_regular, read_json
+from megatron_sdar.regular_files import check_regular, read_json, shown
 
 MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
@@ -237,8 +237,8 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
                 and isinstance(entry.get("content"), str)
             ):
                 raise ValueError(
-                    f"{file}: added_tokens_decoder[{token_id!r}] must be an object with a "
-                    f"'content' string under a whole-number id, got {entry!r}"
+                    f"{file}: added_tokens_decoder[{shown(token_id)}] must be an object with a "
+                    f"'content' string under a whole-number id, got {shown(entry)}"
                 )
             flags = {
                 flag: bool(entry[flag])
@@ -252,7 +252,9 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
         tokens = {}
         for content, token_id in _read_object(file).items():
             if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise ValueError(f"{file}: {content!r} must have a whole-number id: {token_id!r}")
+                raise ValueError(
+                    f"{file}: {shown(content)} must have a whole-number id: {shown(token_id)}"
+                )
             special = content.startswith("<|") and content.endswith("|>")
             tokens[token_id] = AddedToken(content, normalized=False, special=special)
         declared.append((file, tokens))
