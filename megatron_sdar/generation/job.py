@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -209,8 +209,16 @@ def _write_answer(
         "num_forwards": result.num_forwards,
         "stopped": result.stopped,
     }
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):  # what is still buffered cannot be written either
+            file.close()
+        raise ValueError(
+            f"--output {job.request.output_file}: cannot write answer {index + 1}: "
+            f"{error.strerror or error}; make room, or name a file elsewhere"
+        ) from error
 
 
 @contextmanager

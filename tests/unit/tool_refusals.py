@@ -121,9 +121,9 @@ def _others(place: Workplace) -> Iterator[Refusal]:
         if content:
             path, generate = "prompts.jsonl", usual("generate")
             yield Refusal("generate", f"prompt {content[:9]!r}", path, content, path, generate)
-        preprocess = usual("preprocess_data")
-        yield Refusal("preprocess_data", f"record {content[:9]!r}", "d.jsonl", content, "d.jsonl|error: d: ",
-                      preprocess)  # fmt: skip
+        arguments, words = usual("preprocess_data"), "d.jsonl|error: d: "
+        name = f"record {content[:9]!r}"
+        yield Refusal("preprocess_data", name, "d.jsonl", content, words, arguments)
     own = json.loads((place.root / "run/checkpoint-2/trainer_state.json").read_text())
     state = own["stateful_callbacks"]["megatron_sdar"]
     for key in ("loader", "interval", "best", "skipped"):
