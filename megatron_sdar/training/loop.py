@@ -18,7 +18,11 @@ from megatron_sdar.checkpoint.adapter_export import export_adapter
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.native import checkpoint_path
 from megatron_sdar.checkpoint.resumption import resume_candidates
-from megatron_sdar.checkpoint.run_directory import complete_checkpoints, incomplete_checkpoints
+from megatron_sdar.checkpoint.run_directory import (
+    STATE_NAME,
+    complete_checkpoints,
+    incomplete_checkpoints,
+)
 from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
@@ -149,7 +153,7 @@ class TrainingRun:
     ) -> Path:
         resumed = resume(candidates, self.config.training, step, self.say, self.adapter)
         self.damaged, self.done = resumed.damaged, int(resumed.state["step"])
-        with state_of(resumed.path):
+        with state_of(resumed.path / STATE_NAME):
             state = own_state_of(resumed.state)
             if "loader" in state:  # a checkpoint converted from a model directory has weights only
                 loader.load_state_dict(state["loader"])

@@ -9,6 +9,8 @@ from pathlib import Path
 from megatron_sdar.regular_files import check_regular
 from megatron_sdar.training.output_files import written
 
+_LINE_BYTES = 64 * 2**20  # of eval_samples.jsonl, whose records hold whole documents
+
 
 def smooth(values: list[float]) -> list[float]:
     """Exponential moving average whose memory grows with the length of the run.
@@ -34,8 +36,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
     records = []
     check_regular(path)
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
+        # Bounded, since a file that lost its newlines would be one line.
+        for number, line in enumerate(iter(lambda: lines.readline(_LINE_BYTES), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < _LINE_BYTES:
                 break
             try:
                 record = json.loads(line.decode("utf-8"))

@@ -131,7 +131,7 @@ def find_start(record: StepRecord) -> ReplayStart:
     for path in complete_checkpoints(record.output_dir):
         step = read_marker(path).step
         if step >= number:
-            with state_of(path):
+            with state_of(path / STATE_NAME):
                 own = own_state_of(read_json_object(path / STATE_NAME))
                 skipped = own.get("skipped", {}).get("steps", ())
             if _all_in(range(number, step + 1), skipped):

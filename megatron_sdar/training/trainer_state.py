@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_sdar.checkpoint.run_directory import STATE_NAME
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.training.best_model import BestModel
@@ -76,8 +75,8 @@ def trainer_state(
 
 
 @contextmanager
-def state_of(checkpoint: Path) -> Iterator[None]:
-    """Around the use of a checkpoint's state, whose keys and types nobody has checked before.
+def state_of(path: Path) -> Iterator[None]:
+    """Around the use of a file's state of a run, whose keys and types nobody has checked before.
 
     Raises:
         ValueError: names the file, when it is not what a run writes.
@@ -86,8 +85,7 @@ def state_of(checkpoint: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(
-            f"{checkpoint / STATE_NAME}: not the state of a run ({type(error).__name__}: {error}); "
-            "start from another checkpoint"
+            f"{path}: not the state of a run ({type(error).__name__}: {error}); use another one"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.test_full_disk import disk, fill_up, records
@@ -49,6 +50,10 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+def torture(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.torture)
+
+
 WRITERS: dict[str, Callable[[Workplace], list[str]]] = {
     "convert_checkpoint": lambda place: place.arguments("convert_checkpoint"),
     "merge_adapter": lambda place: place.arguments("merge_adapter"),
@@ -63,7 +68,13 @@ WRITERS: dict[str, Callable[[Workplace], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tool", WRITERS)
+# Each writes in a way of its own; the others load a model first, which takes long.
+TOOLS = [
+    tool if tool in ("convert_checkpoint", "preprocess_data") else torture(tool) for tool in WRITERS
+]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_a_full_disk_then_room(
     tool: str, place: Workplace, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +90,7 @@ def test_a_full_disk_then_room(
     assert not [name for name in listing(disk / "out") if ".tmp" in name or "converting" in name]
 
 
-@pytest.mark.parametrize("tool", WRITERS)
+@pytest.mark.parametrize("tool", TOOLS)
 def test_a_read_only_disk(tool: str, place: Workplace, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     refused(run_tool(tool, WRITERS[tool](place), place.root), "Read-only file system", "out/")
@@ -101,6 +112,7 @@ def test_an_export_that_fails_leaves_the_checkpoint_and_the_older_export(
     HfModel(disk / "out/model", load_architecture(disk / "out/model"))
 
 
+@pytest.mark.torture
 def test_a_save_that_fails_then_a_resume(place: Workplace, disk: Path) -> None:
     """The second checkpoint does not fit: the run ends, goes on from the first once it does."""
     arguments = ["run.yaml", "output_dir=out/run", "max_steps=3", "async_save=false"]

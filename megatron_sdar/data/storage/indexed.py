@@ -203,5 +203,10 @@ def _map(path: Path) -> tuple[mmap.mmap | None, NDArray[np.uint8]]:
         # A file of 0 bytes cannot be mapped.
         if os.fstat(stream.fileno()).st_size == 0:
             return None, np.empty(0, dtype=np.uint8)
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot map it ({error.strerror or error}); see `ulimit -v`"
+            ) from error
     return mapped, np.frombuffer(mapped, np.uint8)

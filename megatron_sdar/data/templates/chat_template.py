@@ -44,10 +44,10 @@ def load_chat_template(directory: str | Path) -> str:
     """
     directory = _directory(directory)
     file = directory / "chat_template.jinja"
-    if file.is_file():
+    if file.exists():
         return read_regular_text(file)
     config = directory / "tokenizer_config.json"
-    found = _read_config(config).get("chat_template") if config.is_file() else None
+    found = _read_config(config).get("chat_template") if config.exists() else None
     if isinstance(found, list):
         named = {
             entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)

@@ -7,6 +7,7 @@ padded, whatever the tokenizer file asks for. No code of the model directory is 
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_sdar.data.tokenization.fast_tokenizer import (
     check_texts,
     cross_check,
 )
-from megatron_sdar.regular_files import check_regular, read_json, shown
+from megatron_sdar.regular_files import IrregularFileError, check_regular, read_json, shown
 
 MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
@@ -165,7 +166,7 @@ def load_tokenizer(path: str | Path) -> SdarTokenizer:
     path = Path(path)
     if path.is_dir():
         file = path / "tokenizer.json"
-        backend = _from_file(file) if file.is_file() else _from_transformers(path)
+        backend = _from_file(file) if os.path.lexists(file) else _from_transformers(path)
         directory = path
     elif path.is_file():
         backend = _from_file(path)
@@ -181,9 +182,11 @@ def load_tokenizer(path: str | Path) -> SdarTokenizer:
 
 
 def _from_file(file: Path) -> Tokenizer:
-    check_regular(file, _MAX_BYTES)
     try:
+        check_regular(file, _MAX_BYTES)
         return Tokenizer.from_file(str(file))
+    except IrregularFileError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception for unreadable files
         raise ValueError(f"{file}: not a tokenizer.json of the tokenizers library: {error}") from (
             error
@@ -224,7 +227,7 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
     """Added tokens by id, as tokenizer_config.json and added_tokens.json declare them."""
     declared = []
     file = directory / "tokenizer_config.json"
-    if file.is_file():
+    if os.path.lexists(file):
         entries = _read_object(file).get("added_tokens_decoder", {})
         if not isinstance(entries, dict):
             raise ValueError(f"{file}: added_tokens_decoder must be an object of id: token")
@@ -248,7 +251,7 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
             tokens[int(token_id)] = AddedToken(entry["content"], **flags)
         declared.append((file, tokens))
     file = directory / "added_tokens.json"
-    if file.is_file():
+    if os.path.lexists(file):
         tokens = {}
         for content, token_id in _read_object(file).items():
             if not isinstance(token_id, int) or isinstance(token_id, bool):
@@ -275,7 +278,10 @@ def _add_declared(backend: Tokenizer, file: Path, tokens: dict[int, AddedToken])
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    content = read_json(file)
+    try:
+        content = read_json(file)
+    except OSError as error:  # such as a link to nothing
+        raise ValueError(f"{file}: cannot read it: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold one JSON object, got {type(content).__name__}")
     return content
