@@ -50,8 +50,8 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def torture(value: str) -> Any:
-    return pytest.param(value, marks=pytest.mark.torture)
+def torture(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.torture)
 
 
 WRITERS: dict[str, Callable[[Workplace], list[str]]] = {
