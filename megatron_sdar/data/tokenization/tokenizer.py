@@ -30,6 +30,7 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 _MAX_ID_DIGITS = 10
+_LONGEST = 300  # characters of what a library says
 _MAX_BYTES = 2**30  # of tokenizer.json, of which the largest have some 40 MB
 
 
@@ -188,9 +189,9 @@ def _from_file(file: Path) -> Tokenizer:
     except IrregularFileError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for unreadable files
-        raise ValueError(f"{file}: not a tokenizer.json of the tokenizers library: {error}") from (
-            error
-        )
+        raise ValueError(
+            f"{file}: not a tokenizer.json of the tokenizers library: {str(error)[:_LONGEST]}"
+        ) from error
 
 
 def _from_transformers(directory: Path) -> Tokenizer:
@@ -209,7 +210,7 @@ def _from_transformers(directory: Path) -> Tokenizer:
             str(directory), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # whatever the library meets in a stranger's files
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0][:_LONGEST]
         raise ValueError(
             f"tokenizer {directory}: transformers cannot load it ({first_line}); "
             "put a tokenizer.json there"
