@@ -36,10 +36,13 @@ def read_regular(path: Path, limit: int = JSON_BYTES) -> bytes:
     """The content of a file of at most `limit` bytes. Raises as `check_regular`."""
     # Without O_NONBLOCK a named pipe would wait before there is anything to look at.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         _check(path, status, limit)
-        return stream.read(status.st_size)  # of what grows, no more than was there
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            return stream.read(status.st_size)  # of what grows, no more than was there
+    finally:
+        os.close(descriptor)
 
 
 def read_regular_text(path: Path, limit: int = JSON_BYTES) -> str:

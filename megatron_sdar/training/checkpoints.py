@@ -145,6 +145,8 @@ class CheckpointWriter:
         assets = [config.model.model_name_or_path, tokenizer_path(config)]
         self._origin = CheckpointOrigin(Path(training.output_dir), config, arch, assets, adapter)
         self._mesh = mesh
+        if mesh.is_main:  # from here on it is there, or somebody took it away
+            self._origin.output_dir.mkdir(parents=True, exist_ok=True)
         self._step = step
         self._optimizer = None if training.save_only_model else step.optimizer
         self._limit = training.save_total_limit

@@ -6,6 +6,7 @@ A run that hangs is ended, its memory is limited, and what it left on both outpu
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -18,6 +19,9 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 SECONDS = 60
 EXTRA_BYTES = 3 * 2**30  # of address space, which threads take by 64 MiB each
@@ -85,6 +89,8 @@ def run_tool(
     sys.stderr.flush()
     began = time.monotonic()
     outputs = [cwd / f".{name}.stdout", cwd / f".{name}.stderr"]
+    if c10d.is_initialized():
+        gc.collect()  # groups that tests left behind; the fork must not be the one to end them
     process = os.fork()
     if process == 0:
         code = 70
@@ -110,11 +116,31 @@ def _become_a_tool(outputs: Sequence[Path], cwd: Path, extra_bytes: int, seconds
     os.chdir(cwd)
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), line_buffering=True)  # noqa: SIM115
     sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), line_buffering=True)  # noqa: SIM115
+    gc.freeze()
+    _forget_process_group()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + extra_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
+
+
+def _forget_process_group() -> None:
+    """That of the tests, if there is one; a tool starts its own.
+
+    Nothing of it is ended here, nor is the tool's: threads did not come along with the fork, and
+    os._exit is soon to come.
+    """
+    if not c10d.is_initialized():
+        return
+    _left.append(c10d._world)
+    c10d._unregister_all_process_groups()
+    c10d._world = c10d._World()
+    c10d._update_default_pg(None)
+    dist.destroy_process_group = lambda: None
+
+
+_left: list[object] = []
 
 
 def _call(module: object, arguments: list[str]) -> int:

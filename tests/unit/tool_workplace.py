@@ -122,4 +122,4 @@ def make_workplace(root: Path) -> Workplace:
 
 def _run(tool: str, arguments: list, cwd: Path) -> None:
     outcome = run_tool(tool, arguments, cwd)
-    assert outcome.code == 0, outcome.text
+    assert outcome.code == 0, f"exit code {outcome.code}: {outcome.text}"
