@@ -1,5 +1,6 @@
 """Demo data and its tokenizer, made once for all tests that build token files."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def spec(demo, tmp_path) -> DatasetSpec:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Workplace:
+def workplace(tmp_path_factory) -> Iterator[Workplace]:
     """One good thing of each kind that tools read. Work on a copy of it."""
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
+    place = make_workplace(tmp_path_factory.mktemp("workplace"))
+    before = place.contents()
+    yield place
+    assert place.contents() == before, "a test wrote through the links of its copy"

@@ -20,7 +20,6 @@ from unit.hostile_content import (
     hostile_json,
     hostile_marker,
 )
-from unit.tiny_hf import resign
 from unit.tool_refusals import with_option
 from unit.tool_runs import run_tool
 from unit.tool_workplace import Workplace
@@ -99,11 +98,7 @@ def test_random_damage(
             path = place.spoil(file, change(whole, seed))
             checkpoint = [p for p in path.parents if p.name.startswith("checkpoint-")]
             if checkpoint and path.name != "COMMITTED":
-                place.spoil(
-                    str((checkpoint[0] / "COMMITTED").relative_to(place.root)),
-                    (checkpoint[0] / "COMMITTED").read_bytes(),
-                )
-                resign(checkpoint[0])
+                place.resign(checkpoint[0])
             outcome = run_tool(tool, arguments, place.root, extra_bytes=_MEMORY, seconds=30)
             codes.append(outcome.code)
             problem = outcome.problem()

@@ -11,7 +11,6 @@ from unit.malformed_checkpoints import CHECKPOINTS
 from unit.malformed_configs import CONFIGS
 from unit.malformed_data import DATA
 from unit.malformed_models import MODELS
-from unit.tiny_hf import resign
 from unit.tool_runs import run_tool
 from unit.tool_workplace import Workplace
 
@@ -35,7 +34,7 @@ class Refusal:
         copy = place.copy(folder)
         path = copy.spoil(self.file, self.content)
         if "checkpoint-" in self.file and path.name != "COMMITTED":
-            resign(next(parent for parent in path.parents if "checkpoint-" in parent.name))
+            copy.resign(next(parent for parent in path.parents if "checkpoint-" in parent.name))
         outcome = run_tool(self.tool, self.arguments, copy.root)
         problem = outcome.problem(self.words)
         return problem and f"{self.tool}, {self.name}: {problem}"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from unit.tiny_hf import write_model
+from unit.tiny_hf import resign, write_model
 from unit.tool_runs import run_tool
 
 from megatron_sdar.architecture import load_architecture
+from megatron_sdar.checkpoint.checksums import FileRecord, file_record
 from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
 from megatron_sdar.data.demo import make_demo_data
 
@@ -39,6 +40,19 @@ class Workplace:
         path.unlink(missing_ok=True)
         path.write_bytes(content)
         return path
+
+    def resign(self, checkpoint: Path) -> None:
+        """Make a spoiled checkpoint of the copy look complete."""
+        marker = checkpoint / "COMMITTED"
+        content = marker.read_bytes()
+        marker.unlink()  # not written through to the checkpoint that it is a link to
+        marker.write_bytes(content)
+        resign(checkpoint)
+
+    def contents(self) -> dict[str, FileRecord]:
+        """What every file holds."""
+        files = [path for path in sorted(self.root.rglob("*")) if path.is_file()]
+        return {str(path.relative_to(self.root)): file_record(path) for path in files}
 
     def config(self, name: str, **changes: object) -> Path:
         """A configuration of two steps; None removes a key."""
