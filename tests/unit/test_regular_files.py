@@ -124,10 +124,3 @@ def test_in_little_memory(
     arguments = with_option(place.arguments(tool), "--from", "model")
     outcome = run_tool(tool, arguments, place.root, extra_bytes=_LITTLE, seconds=20)
     assert outcome.problem(Path(file).name) is None, outcome.text
-
-
-def test_the_limit_of_memory_bites(workplace: Workplace, tmp_path: Path) -> None:
-    """So much that the good files need more."""
-    place = workplace.copy(tmp_path / "place")
-    outcome = run_tool("inspect_data", place.arguments("inspect_data"), place.root, 2**18)
-    assert outcome.code not in (0, 1, 2)

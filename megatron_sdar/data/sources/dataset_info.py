@@ -5,7 +5,7 @@ is either honoured or refused by name with the remedy; nothing in it is ignored 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,15 @@ def read_dataset_info(
     for name in names:
         if name not in info:
             near = difflib.get_close_matches(name, info, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {shown(list(info))}"
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {_listed(info)}"
             raise ValueError(f"{file}: no dataset {name!r}; {hint}")
         specs.append(_read_entry(f"{file}: {name}", name, info[name], Path(dataset_dir), stage))
     return specs
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, which a stranger's file may have a million of."""
+    return shown(", ".join(names)).strip("'\"") or "none"
 
 
 def check_stage(stage: str) -> None:
