@@ -6,12 +6,13 @@ can be converted but not trained yet (`Architecture.require_dense`). No default 
 size, and none for rope_theta, whose usual silent fallback ruins a model.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_sdar.regular_files import read_json, shown
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     model_type = content.get("model_type")
     if model_type not in (*_DENSE_TYPES, *_MOE_TYPES):
         raise ValueError(
-            f"{path}: model_type is {model_type!r}; use a model of type "
+            f"{path}: model_type is {shown(model_type)}; use a model of type "
             f"{', '.join((*_DENSE_TYPES, *_MOE_TYPES))}"
         )
 
@@ -181,7 +182,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     eos = content.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if eos is not None and not all(_is_token(item) for item in ids):
-        problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+        problems.append(f"eos_token_id is {shown(eos)}; it must be a token id or a list of them")
     values["eos_token_id"] = ids if isinstance(eos, list) else eos
     values["experts"] = _experts(content, model_type in _MOE_TYPES, problems)
     if not problems:
@@ -193,18 +194,12 @@ def load_architecture(model_dir: str | Path) -> Architecture:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
-            text = stream.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        content = json.loads(text.decode("utf-8"))
+        content = read_json(path, _MAX_BYTES)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot read it: {error.strerror or error}; "
             "model_name_or_path must be a local directory that holds config.json"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -247,7 +242,7 @@ def _take(
     if value is None:
         problems.append(f"{name} is missing; it must be {wanted}")
     elif not holds(value):
-        problems.append(f"{name} is {value!r}; it must be {wanted}")
+        problems.append(f"{name} is {shown(value)}; it must be {wanted}")
     return value
 
 
@@ -255,7 +250,7 @@ def _experts(content: Mapping[str, Any], is_moe: bool, problems: list[str]) -> E
     if not is_moe:
         counts = [key for key in ("num_experts", "num_local_experts") if content.get(key)]
         problems += [
-            f"{key} is {content[key]!r} in a dense model; model_type must then be one of "
+            f"{key} is {shown(content[key])} in a dense model; model_type must then be one of "
             f"{', '.join(_MOE_TYPES)}"
             for key in counts
         ]
@@ -279,13 +274,13 @@ def _unsupported(
     content: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]
 ) -> list[str]:
     problems = [
-        f"{key} is {content[key]!r}; {advice}"
+        f"{key} is {shown(content[key])}; {advice}"
         for key, (values, advice) in only.items()
         if key in content and content[key] not in values
     ]
     layers = content.get("layer_types") or []
     if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
-        problems.append(f"layer_types is {layers!r}; it must be a list of names")
+        problems.append(f"layer_types is {shown(layers)}; it must be a list of names")
     elif kinds := set(layers) - {"full_attention"}:
         problems.append(f"layer_types has {sorted(kinds)}; only full_attention is available")
     return problems
@@ -300,9 +295,9 @@ def _rope_theta(content: Mapping[str, Any], problems: list[str]) -> Any:
             continue
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
         if not isinstance(rope, dict) or kind not in ("default", None):
-            problems.append(f"{name} is {rope!r}; only plain rotary embedding is available")
+            problems.append(f"{name} is {shown(rope)}; only plain rotary embedding is available")
         elif rope.get("partial_rotary_factor", 1) != 1:
-            problems.append(f"{name} is {rope!r}; partial rotary embedding is not available")
+            problems.append(f"{name} is {shown(rope)}; partial rotary embedding is not available")
         elif rope.get("rope_theta") is not None:
             found.append(rope["rope_theta"])
     if not found:

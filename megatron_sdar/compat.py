@@ -19,6 +19,7 @@ from megatron_sdar.compat_ignored import IGNORED
 from megatron_sdar.compat_mapped import MAPPED, RENAMED, map_key, normalise_value
 from megatron_sdar.compat_refused import REFUSED
 from megatron_sdar.config_sections.finetuning import FinetuningConfig
+from megatron_sdar.regular_files import read_regular_text
 
 __all__ = [
     "IGNORED",
@@ -227,14 +228,14 @@ def _read_zero_stage(source: str) -> tuple[int, bool, str]:
                 "ds_z{0,2,3}_config.json; set data_parallel_sharding_strategy instead"
             )
         return int(named[1]), "offload" in path.name, f"the name {path.name} (no such file)"
-    return *_parse_zero(path.read_text(encoding="utf-8"), source), source
+    return *_parse_zero(read_regular_text(path), source), source
 
 
 def _parse_zero(text: str, source: str) -> tuple[int, bool]:
     """(stage, asks for offloading) of a deepspeed configuration."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed: {source} is not valid JSON: {error}") from error
     zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None

@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request, launch = parse_request(argv), read_launch_info()
     try:
         report = run_job(request, launch, _write)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if launch.world_size > 1:
             leave_together(str(error), launch)
         print(f"error: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from megatron_sdar.checkpoint.hf_assets import ADAPTER_CONFIG_NAME, read_json_ob
 from megatron_sdar.config_sections.finetuning import EXTRA_MODULES, LORA_TARGETS
 from megatron_sdar.model.finetuning import Finetuning
 from megatron_sdar.parallel.lora import LoraOptions
+from megatron_sdar.regular_files import shown
 
 _READ = frozenset({
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
@@ -87,29 +88,33 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     if not path.is_file():
         raise ValueError(f"{directory}: holds no PEFT adapter: {ADAPTER_CONFIG_NAME} is not there")
     content = read_json_object(path)
-    if content.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {content.get('peft_type')!r}; only LORA is read")
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {shown(kind)}; only LORA is read")
     asked = {key: value for key, value in content.items() if key not in _READ | _IDLE and value}
     if content.get("bias") not in (None, "none"):
         asked["bias"] = content["bias"]
     if content.get("init_lora_weights") not in _INITS:
         asked["init_lora_weights"] = content["init_lora_weights"]
     for key, value in asked.items():
-        raise ValueError(f"{path}: {key}: {value!r} is not supported; only plain LoRA is")
+        raise ValueError(f"{path}: {key}: {shown(value)} is not supported; only plain LoRA is")
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{path}: r is {rank!r}; it must be a positive integer")
+        raise ValueError(f"{path}: r is {shown(rank)}; it must be a positive integer")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
-        raise ValueError(f"{path}: lora_alpha is {alpha!r}; it must be a positive number")
+        raise ValueError(f"{path}: lora_alpha is {shown(alpha)}; it must be a positive number")
     targets = _names(path, content, "target_modules", LORA_TARGETS)
     if not targets:
         raise ValueError(f"{path}: target_modules is empty")
     extra = _names(path, content, "modules_to_save", EXTRA_MODULES)
+    dropout = content.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout is {shown(dropout)}; it must be from 0 to below 1")
     lora = LoraOptions(
         rank=rank,
         alpha=float(alpha),
         targets=targets,
-        dropout=float(content.get("lora_dropout") or 0.0),
+        dropout=float(dropout),
         rslora=bool(content.get("use_rslora")),
     )
     base = str(content.get("base_model_name_or_path") or "")
@@ -149,5 +154,5 @@ def _names(
     names = value if isinstance(value, list) else [value]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{path}: {key} has {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(f"{path}: {key} has {shown(unknown[0])}; known are {', '.join(known)}")
     return tuple(name for name in known if name in names)

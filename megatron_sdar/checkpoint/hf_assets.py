@@ -20,6 +20,7 @@ import torch
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.remote_code import remote_code
 from megatron_sdar.checkpoint.safetensors_files import contained_file
+from megatron_sdar.regular_files import check_regular, read_json, shown
 
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -42,6 +43,7 @@ _MODEL_FILES = (
     "NOTICE*",
 )
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
+_ASSET_BYTES = 2**30
 _TEMPLATE_DIR = "additional_chat_templates"
 # The published code, for a config.json that does not name it.
 _SDAR_CODE = {
@@ -112,7 +114,7 @@ def with_remote_code(assets: HfAssets, arch: Architecture) -> HfAssets:
 
 def _matching(directory: Path, patterns: Sequence[str]) -> dict[str, Path]:
     try:
-        names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+        names = sorted(entry.name for entry in directory.iterdir())
     except OSError as error:
         raise ValueError(f"{directory}: cannot read it: {error.strerror or error}") from error
     found = {
@@ -120,8 +122,12 @@ def _matching(directory: Path, patterns: Sequence[str]) -> dict[str, Path]:
         for name in names
         if any(fnmatchcase(name, pattern) for pattern in patterns)
         and not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+        and not (directory / name).is_dir()
     }
+    for path in found.values():
+        check_regular(path, _ASSET_BYTES)  # it will be copied
     if patterns is _TOKENIZER_FILES and (directory / _TEMPLATE_DIR).is_dir():
+        contained_file(directory, _TEMPLATE_DIR)  # the folder, too, may be a link
         templates = _matching(directory / _TEMPLATE_DIR, ("*.jinja",))
         found |= {f"{_TEMPLATE_DIR}/{name}": path for name, path in templates.items()}
     return found
@@ -134,7 +140,7 @@ def _auto_map(model_dir: Path, files: Mapping[str, Path]) -> dict[str, str]:
     default = _SDAR_MOE_CODE if content.get("model_type") == "sdar_moe" else _SDAR_CODE
     stated = content.get("auto_map") or default
     if not isinstance(stated, dict):
-        raise ValueError(f"{path}: auto_map is {stated!r}; it must be a JSON object or absent")
+        raise ValueError(f"{path}: auto_map is {shown(stated)}; it must be a JSON object or absent")
     return {
         key: value
         for key, value in stated.items()
@@ -161,11 +167,9 @@ def config_json(arch: Architecture, assets: HfAssets, dtype: torch.dtype) -> dic
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; ValueError names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

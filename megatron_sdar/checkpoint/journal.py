@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sdar.checkpoint.checksums import FileRecord
+from megatron_sdar.regular_files import read_json
 
 
 class Journal:
@@ -31,7 +32,7 @@ class Journal:
         self.is_foreign = False
         if path.is_file():
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path)
                 if content["plan"] == self._plan:
                     records = content["finished"].items()
                     self.finished = {name: FileRecord(**record) for name, record in records}

@@ -161,7 +161,10 @@ def write_checkpoint(snapshot: Snapshot, origin: CheckpointOrigin, mesh: Paralle
     except ValueError as error:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"cannot save {final}: {error}") from error
+        raise ValueError(
+            f"cannot save {final}: {error}; older checkpoints are as they were: mend this and "
+            "start again, a run goes on from the newest complete one"
+        ) from error
 
 
 def _write_small_files(directory: Path, snapshot: Snapshot, origin: CheckpointOrigin) -> None:

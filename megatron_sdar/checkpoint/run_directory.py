@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_sdar.checkpoint.checksums import Checksum, FileRecord, file_record
 from megatron_sdar.checkpoint.hf_assets import read_json_object
+from megatron_sdar.regular_files import read_regular, shown
 
 MODEL_DIR, OPTIMIZER_DIR, HF_DIR = "model", "optimizer", "hf"
 STATE_NAME, RESOLVED_CONFIG_NAME, MARKER_NAME = "trainer_state.json", "config.yaml", "COMMITTED"
@@ -67,13 +68,15 @@ def read_marker(checkpoint: Path) -> Marker:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise DamagedCheckpointError(
-            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; use the "
-            "version of megatron_sdar that wrote it"
+            f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}; use "
+            "the version of megatron_sdar that wrote it"
         )
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         fields = {name: value for name, value in content.items() if name != _OWN_CHECKSUM}
         marker = Marker(**{**fields, "files": files})
+        if not _has_right_types(marker):
+            raise TypeError("a value is of the wrong type")
     except (TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: not a marker of a checkpoint: {error!r}") from error
     root = checkpoint.resolve()
@@ -81,7 +84,7 @@ def read_marker(checkpoint: Path) -> Marker:
         raise DamagedCheckpointError(
             f"{path}: names files outside of the checkpoint: {', '.join(outside)}; copy them there"
         )
-    if path.read_bytes() != _encoded(marker):
+    if read_regular(path) != _encoded(marker):
         raise DamagedCheckpointError(
             f"{path}: damaged: it does not have the checksum that it states of itself"
         )
@@ -91,10 +94,18 @@ def read_marker(checkpoint: Path) -> Marker:
         if (problem := _size_problem(checkpoint, name, record)) is not None
     ]
     if damaged:
-        raise DamagedCheckpointError(
-            f"{checkpoint}: not a complete checkpoint: {', '.join(damaged)}"
-        )
+        what = ", ".join(damaged)
+        raise DamagedCheckpointError(f"{checkpoint}: not a complete checkpoint: {what}")
     return marker
+
+
+def _has_right_types(marker: Marker) -> bool:
+    counts = [marker.step, marker.sequence, *(file.num_bytes for file in marker.files.values())]
+    return (
+        all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        and type(marker.has_optimizer) is type(marker.tied) is bool
+        and not any("\0" in name for name in marker.files)
+    )
 
 
 def write_marker(directory: Path, marker: Marker) -> None:
@@ -112,15 +123,12 @@ def _encoded(marker: Marker) -> bytes:
 
 
 def _size_problem(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
-    size = _size(checkpoint / name)
+    path = checkpoint / name
+    size = path.stat().st_size if path.is_file() else None
     if size == wanted.num_bytes:
         return None
     found = "missing" if size is None else f"{size} bytes"
     return f"{name} ({found}, should have {wanted.num_bytes})"
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def damaged_files(

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_sdar.checkpoint.checksums import Checksum
 from megatron_sdar.checkpoint.io_threads import Flusher
 from megatron_sdar.checkpoint.page_cache import forget_pages
+from megatron_sdar.regular_files import check_regular
 
 BLOCK_BYTES = 8 * 2**20
 _FORGET_BYTES = 2**20  # less is not worth a call; what shares pages with it is read next anyway
@@ -95,13 +96,21 @@ def contained_file(directory: Path, name: str) -> Path:
             f"{directory}: {name!r} is not a plain file name; every file must lie in the directory"
         )
     root = directory.resolve()
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     target = (directory / name).resolve()
-    if target.parent not in allowed:
+    if target.parent not in (root, *_blobs(root)):
         raise ValueError(
             f"{directory / name}: links to {target}, outside of the directory; copy the file there"
         )
     return directory / name
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the Hugging Face cache keeps the files of a snapshot, or of a folder in one."""
+    return [
+        snapshot.parent.parent / "blobs"
+        for snapshot in (root, root.parent)
+        if snapshot.parent.name == "snapshots"
+    ]
 
 
 class SafetensorsReader:
@@ -126,12 +135,17 @@ class SafetensorsReader:
         self.path = path
         self._keep_cached = keep_cached
         try:
+            check_regular(path)
             with safe_open(str(path), framework="pt"):  # checks the whole header
                 self._file = path.open("rb", buffering=0)
             (length,) = struct.unpack("<Q", self._file.read(8))
             header: dict[str, Any] = json.loads(self._file.read(length))
         except OSError as error:
             raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
+        except MemoryError as error:  # safe_open maps the file, however large
+            raise ValueError(
+                f"{path}: cannot map its {path.stat().st_size} bytes; see `ulimit -v`"
+            ) from error
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", {})

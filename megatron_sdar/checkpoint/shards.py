@@ -27,8 +27,10 @@ from megatron_sdar.checkpoint.safetensors_files import (
     row_blocks,
     volume,
 )
+from megatron_sdar.regular_files import IrregularFileError, read_json
 
 INDEX_NAME = "index.json"
+_INDEX_BYTES = 2**30  # it has a line for each chunk of each tensor: of a large run, 100 MB
 SHARE_OUTPUT_DIR = "every process must see the same output_dir, put it on a shared file system"
 _OFFSETS, _SHAPES = "DCP_SHARDING_INFO", "GLOBAL_SHAPES"
 
@@ -181,7 +183,7 @@ class ShardedTensors:
         self._files: dict[str, SafetensorsReader] = {}
         path = directory / INDEX_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, _INDEX_BYTES)
             for name, entry in content.items():
                 self.tensors[name] = TensorInfo(_sizes(entry["shape"]), DTYPES[entry["dtype"]])
                 self.chunks[name] = [
@@ -192,7 +194,9 @@ class ShardedTensors:
                     raise TypeError(f"{name}: a chunk's file must be a name")
         except OSError as error:
             raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except IrregularFileError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an index of shards: {error!r}") from error
         for name, chunks in self.chunks.items():
             if not _cover(chunks, self.tensors[name].shape):

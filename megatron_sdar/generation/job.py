@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -127,7 +127,7 @@ def run_job(request: TextRequest, launch: LaunchInfo, write: Write) -> JobReport
     device = start_process_group(launch, chosen, None, PROCESS_GROUP_TIMEOUT_SECONDS)
     try:
         report = _run(job, source, build_mesh(device, tp, pp, True), started, write)
-    except ValueError:
+    except (ValueError, OSError):
         if launch.world_size == 1:  # several ranks need the group to leave together
             stop_process_group()
         raise
@@ -209,8 +209,16 @@ def _write_answer(
         "num_forwards": result.num_forwards,
         "stopped": result.stopped,
     }
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):  # what is still buffered cannot be written either
+            file.close()
+        raise ValueError(
+            f"--output {job.request.output_file}: cannot write answer {index + 1}: "
+            f"{error.strerror or error}; make room, or name a file elsewhere"
+        ) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ template piece tokenised on its own.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_sdar.data.tokenization.tokenizer import SdarTokenizer
 
 # Fields that may hold the question, the first that is there.
 TEXT_FIELDS = ("prompt", "question", "instruction")
+_MAX_BYTES = 2**30  # of a file of prompts
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ def read_prompts(path: Path, system: str) -> list[Prompt]:
             or holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open("rb") as stream:  # may be a pipe: <(head -5 test.jsonl)
+            if os.fstat(stream.fileno()).st_size > _MAX_BYTES:
+                raise ValueError(f"{path}: larger than {_MAX_BYTES} bytes; split it")
+            lines = stream.read().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read it ({error})") from error
     prompts = [
@@ -114,7 +119,7 @@ def read_prompts(path: Path, system: str) -> list[Prompt]:
 def _read(line: str, place: str, system: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a {type(record).__name__}, not an object with a prompt")

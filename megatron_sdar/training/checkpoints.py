@@ -146,6 +146,8 @@ class CheckpointWriter:
         assets = [config.model.model_name_or_path, tokenizer_path(config)]
         self._origin = CheckpointOrigin(Path(training.output_dir), config, arch, assets, adapter)
         self._mesh = mesh
+        if mesh.is_main:  # from here on it is there, or somebody took it away
+            self._origin.output_dir.mkdir(parents=True, exist_ok=True)
         self._step = step
         self._optimizer = None if training.save_only_model else step.optimizer
         self._limit = training.save_total_limit
@@ -213,6 +215,7 @@ class CheckpointWriter:
         started = time.monotonic()
         output_dir, limit = self._origin.output_dir, self._limit
         path = checkpoint_path(output_dir, snapshot.step)
+        run_on_main(self._check_output_dir, mesh)
         size = write_checkpoint(snapshot, self._origin, mesh)
         self._damaged.discard(path)  # just replaced
         if limit is not None:
@@ -222,6 +225,15 @@ class CheckpointWriter:
         self._say(
             f"saved {path} ({size_text(size)} in {seconds:.1f} s, training waited {blocked:.2f} s)"
         )
+
+    def _check_output_dir(self) -> None:
+        """The run made it; a folder that went away meanwhile is not quietly begun anew."""
+        output_dir = self._origin.output_dir
+        if not output_dir.is_dir():
+            raise ValueError(
+                f"cannot save in {output_dir}: the folder is gone, removed or renamed while the "
+                "run was going on; put it back and start again from its newest checkpoint"
+            )
 
     def _prune(self, output_dir: Path, limit: int) -> None:
         best = self._best_step()

@@ -33,6 +33,7 @@ from megatron_sdar.training.evaluation_loss import (
     never_stops,
 )
 from megatron_sdar.training.evaluation_rows import EvaluationRows
+from megatron_sdar.training.output_files import written
 from megatron_sdar.training.token_files import tokenizer_path
 
 SAMPLES_NAME = "eval_samples.jsonl"
@@ -184,7 +185,7 @@ class Evaluator:
     def _keep(self, step: int, answers: Sequence[Answer]) -> None:
         """Append the answers to eval_samples.jsonl and show the first ones (rank 0)."""
         path = Path(self._config.training.output_dir) / SAMPLES_NAME
-        with path.open("a", encoding="utf-8") as file:
+        with written(path), path.open("a", encoding="utf-8") as file:
             for answer in answers:
                 record = {
                     "step": step,

@@ -7,7 +7,6 @@ On a terminal a progress bar; otherwise one plain line per logged step. Before a
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -29,6 +28,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from megatron_sdar.training.output_files import LogFile, replace_text
 from megatron_sdar.training.plot import read_log
 from megatron_sdar.training.trackers import Trackers
 from megatron_sdar.training.work_meter import WorkCounts
@@ -84,7 +84,7 @@ def trim_log(path: Path, start_step: int, evaluates_again: bool = False) -> None
         evaluates_again: what was evaluated at `start_step` goes, too.
 
     Raises:
-        ValueError, OSError: the file is damaged, or cannot be written.
+        ValueError: the file is damaged, or cannot be written.
     """
     kept = []
     if start_step and path.exists():
@@ -94,9 +94,7 @@ def trim_log(path: Path, start_step: int, evaluates_again: bool = False) -> None
             kept = [r for r in kept if r["step"] < start_step or "lr" in r]
     if not kept and not path.exists():
         return
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 class TrainingProgress(Progress):
@@ -137,13 +135,13 @@ class Reporter:
         self.start_step = start_step
         self._now = clock
         self.started = clock()
-        self._log: TextIO | None = None
+        self._log: LogFile | None = None
         self._console = console or Console()
         self._progress: TrainingProgress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Reporter:
-        self._log = self.log_path.open("a", encoding="utf-8")
+        self._log = LogFile(self.log_path, self.say)
         if self._console.is_terminal:
             self._progress = TrainingProgress(
                 TextColumn("{task.description}"),
@@ -255,8 +253,7 @@ class Reporter:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._log is not None, "the reporter is entered"
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        self._log.append(line)
 
     @contextmanager
     def evaluating(self, num_rows: int) -> Iterator[Advance]:

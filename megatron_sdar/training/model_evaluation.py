@@ -91,7 +91,7 @@ def evaluate_model(
         metrics = _evaluate(
             request, config, source, arch, build_mesh(device, tp, pp, True), say, advance
         )
-    except ValueError:
+    except (ValueError, OSError):
         if launch.world_size == 1:  # several ranks need the group to leave together
             stop_process_group()
         raise

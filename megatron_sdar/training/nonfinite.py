@@ -20,7 +20,7 @@ from megatron_sdar.data.loading.loader import DocumentName, RowLoader
 from megatron_sdar.parallel.gradients import local_gradients
 from megatron_sdar.parallel.launch import gather_from_all
 from megatron_sdar.parallel.mesh import ParallelMesh
-from megatron_sdar.training.results import replace_json
+from megatron_sdar.training.output_files import replace_json
 from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 
 SKIPPED_DIR = "skipped_steps"
@@ -110,7 +110,7 @@ class SkippedSteps:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 replace_json(path, record)
-            except OSError as problem:
+            except (OSError, ValueError) as problem:
                 where = f"{path} could not be written: {problem}"
         limit = self._config.guards.max_skipped_steps
         self._last += f". {where}"

@@ -6,6 +6,11 @@ import json
 import math
 from pathlib import Path
 
+from megatron_sdar.regular_files import check_regular
+from megatron_sdar.training.output_files import written
+
+_LINE_BYTES = 64 * 2**20  # of eval_samples.jsonl, whose records hold whole documents
+
 
 def smooth(values: list[float]) -> list[float]:
     """Exponential moving average whose memory grows with the length of the run.
@@ -26,16 +31,20 @@ def read_log(path: Path) -> list[dict[str, float]]:
     A last line without its newline was being written when a run was killed and is left out.
 
     Raises:
-        ValueError: another line is not a JSON object.
+        ValueError: another line is not a record of a step.
     """
     records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
+    check_regular(path)
+    with path.open("rb") as lines:
+        # Bounded, since a file that lost its newlines would be one line.
+        for number, line in enumerate(iter(lambda: lines.readline(_LINE_BYTES), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < _LINE_BYTES:
                 break
             try:
-                record = json.loads(line)
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8"))
+                if type(record) is not dict or type(record.get("step")) is not int:
+                    raise ValueError("it is no object with a step")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}:{number}: not a log record ({error}); move the file away to go on"
                 ) from error
@@ -63,7 +72,8 @@ def plot_loss(log_path: Path, image_path: Path) -> bool:
     axes.set(xlabel="step", ylabel="loss (CE / p per label token)", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image_path, dpi=120)
+    with written(image_path):
+        figure.savefig(image_path, dpi=120)
     pyplot.close(figure)
     return True
 

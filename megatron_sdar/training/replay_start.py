@@ -6,14 +6,14 @@ long as every step between was skipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sdar.checkpoint.hf_assets import read_json_object
 from megatron_sdar.checkpoint.run_directory import STATE_NAME, complete_checkpoints, read_marker
-from megatron_sdar.training.trainer_state import own_state_of
+from megatron_sdar.training.trainer_state import own_state_of, state_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,35 @@ def read_record(path: Path) -> StepRecord:
             f"{path}: not the record of a skipped step: it has no {', '.join(missing)}; give "
             "OUTPUT_DIR/skipped_steps/step-N.json"
         )
+    wrong = [name for name in names if not _KINDS[name](content[name])]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path}: not the record of a skipped step: {name} is {str(content[name])[:80]!r}; "
+            "give OUTPUT_DIR/skipped_steps/step-N.json as the run wrote it"
+        )
     return StepRecord(path=path, **{name: content[name] for name in names})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(type(each) is kind for each in value)
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "skipped_before": _is_list_of(int),
+    "loss": lambda value: type(value) in (int, float, str),
+    "grad_norm": lambda value: type(value) in (int, float, str),
+    "label_tokens": lambda value: type(value) is int,
+    "rows_per_micro_batch": _is_count,
+    "data_parallel_size": _is_count,
+    "micro_batches": lambda value: bool(value) and _is_list_of(dict)(value),
+    "loader": lambda value: type(value) is dict,
+}
 
 
 def find_start(record: StepRecord) -> ReplayStart:
@@ -103,8 +131,9 @@ def find_start(record: StepRecord) -> ReplayStart:
     for path in complete_checkpoints(record.output_dir):
         step = read_marker(path).step
         if step >= number:
-            own = own_state_of(read_json_object(path / STATE_NAME))
-            skipped = own.get("skipped", {}).get("steps", ())
+            with state_of(path / STATE_NAME):
+                own = own_state_of(read_json_object(path / STATE_NAME))
+                skipped = own.get("skipped", {}).get("steps", ())
             if _all_in(range(number, step + 1), skipped):
                 found.append(ReplayStart(path, step, True))
         else:
@@ -119,4 +148,5 @@ def find_start(record: StepRecord) -> ReplayStart:
 
 
 def _all_in(steps: range, skipped: Sequence[int]) -> bool:
-    return set(steps) <= set(skipped)
+    known = set(skipped)
+    return all(step in known for step in steps)  # stops early: a record may claim step 2**62

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_sdar.regular_files import read_json
+from megatron_sdar.training.output_files import replace_json
 
 TRAIN_RESULTS_NAME = "train_results.json"
 EVAL_RESULTS_NAME = "eval_results.json"
@@ -17,7 +18,9 @@ def write_results(output_dir: Path, name: str, results: Mapping[str, Any]) -> No
     """Write a results file and put its values into all_results.json, too."""
     replace_json(output_dir / name, results)
     everything = output_dir / ALL_RESULTS_NAME
-    known = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+    known = read_json(everything) if everything.exists() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{everything}: not an object of results; move it away and start again")
     replace_json(everything, known | dict(results))
 
 
@@ -51,10 +54,3 @@ def train_results(
     if effective_tokens is not None:
         results["effective_tokens_per_sec"] = effective_tokens / seconds
     return results
-
-
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace the file in one step, so that a kill leaves the old or the new one."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,8 +10,12 @@ from megatron_sdar.checkpoint.adapter_export import export_adapter
 from megatron_sdar.checkpoint.hf_export import export_hf
 from megatron_sdar.checkpoint.native import checkpoint_path
 from megatron_sdar.checkpoint.resumption import resume_candidates
-from megatron_sdar.checkpoint.run_directory import complete_checkpoints, incomplete_checkpoints
-from megatron_sdar.checkpoint.run_mark import begin_run
+from megatron_sdar.checkpoint.run_directory import (
+    STATE_NAME,
+    complete_checkpoints,
+    incomplete_checkpoints,
+)
+from megatron_sdar.checkpoint.run_mark import RUN_MARK_NAME, begin_run
 from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.parallel.launch import launch_name, run_on_main
@@ -20,19 +24,19 @@ from megatron_sdar.training.checkpoints import Resumed, adapter_origin, resume
 from megatron_sdar.training.evaluation import SAMPLES_NAME
 from megatron_sdar.training.loop import Outcome, Say, TrainingLoop
 from megatron_sdar.training.metrics import LOG_NAME, trim_log
+from megatron_sdar.training.output_files import replace_json, written
 from megatron_sdar.training.parallel_check import check_parallel
 from megatron_sdar.training.plan import StepPlan, make_plan
 from megatron_sdar.training.plot import plot_loss
 from megatron_sdar.training.preparation import Parts, prepare, prepare_evaluator
 from megatron_sdar.training.reporting import write_train_results
-from megatron_sdar.training.results import replace_json
 from megatron_sdar.training.run_state import RunState
 from megatron_sdar.training.setup import check_block_lengths
 from megatron_sdar.training.stall_watch import make_watchdog
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, describe_stop, summarize_run
 from megatron_sdar.training.trackers import wanted_trackers
-from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME
+from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, state_of
 
 
 class TrainingRun:
@@ -111,7 +115,8 @@ class TrainingRun:
         """Make output_dir; the job, and the checkpoints to resume from, best first (rank 0)."""
         training = self.config.training
         wanted_trackers(self.config.reporting.report_to)  # refused here, not after preparations
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with written(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         for line in incomplete_checkpoints(self.output_dir):
             self.say(f"passed over: {line}")
         job = training.job_id or launch_name()
@@ -122,7 +127,8 @@ class TrainingRun:
 
     def _resume(self, candidates: list[Path], parts: Parts, state: RunState) -> Resumed:
         resumed = resume(candidates, self.config.training, parts.step, self.say, self.adapter)
-        state.load(resumed.state, parts.step.optimizer, self.say)
+        with state_of(resumed.path / STATE_NAME):
+            state.load(resumed.state, parts.step.optimizer, self.say)
         self._forget_lost_best(state)
         epoch = parts.loader.epoch
         self.say(f"resumed from {resumed.path}: step {state.done}, epoch {epoch:.3f}")
@@ -169,7 +175,8 @@ class TrainingRun:
     def _begin(self, state: RunState, resumed: Resumed | None, job: str) -> None:
         """Mark whose the next checkpoints are, and forget what will be logged again (rank 0)."""
         if resumed is None or isinstance(self.config.training.resume_from_checkpoint, str):
-            begin_run(self.output_dir, job, is_fresh=resumed is None)
+            with written(self.output_dir / RUN_MARK_NAME):
+                begin_run(self.output_dir, job, is_fresh=resumed is None)
         for name in (LOG_NAME, SAMPLES_NAME):
             trim_log(self.output_dir / name, state.done, state.evaluation_is_due)
         state.skipped.forget_records_after(state.done)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.checkpoint.native import load_checkpoint
+from megatron_sdar.checkpoint.run_directory import STATE_NAME
 from megatron_sdar.config import SdarConfig, load_config, validate
 from megatron_sdar.diffusion.loss import micro_batch_scales
 from megatron_sdar.parallel.gradients import local_gradients
@@ -35,7 +36,7 @@ from megatron_sdar.training.preparation import Parts, prepare
 from megatron_sdar.training.replay_start import ReplayStart, StepRecord, find_start, read_record
 from megatron_sdar.training.setup import check_schedule, resolve_architecture
 from megatron_sdar.training.step import NonFiniteStepError
-from megatron_sdar.training.trainer_state import own_state_of
+from megatron_sdar.training.trainer_state import own_state_of, state_of
 
 Say = Callable[[str], None]
 
@@ -194,7 +195,8 @@ def replay_micro_batches(
     names = sorted({n for found in gather_from_all(_broken(parts), mesh) for n in found})
     if names:
         say(f"these weights are not finite: {', '.join(names)}")
-    parts.loader.load_state_dict(record.loader)
+    with state_of(record.path):
+        parts.loader.load_state_dict(record.loader)
     return [
         _run_micro_batch(number, config, mesh, parts, record)
         for number in range(len(record.micro_batches))
@@ -218,10 +220,11 @@ def _load(
     optimizer, verify = parts.step.optimizer if trains else None, config.training.verify_checkpoints
     state = load_checkpoint(start.checkpoint, parts.stages, optimizer, verify, adapter)
     if trains:
-        own = own_state_of(state)
-        skipped = own.get("skipped", {}).get("steps", ())
-        parts.step.optimizer.set_step_count(start.step - len(skipped))
-        parts.loader.load_state_dict(own["loader"])
+        with state_of(start.checkpoint / STATE_NAME):
+            own = own_state_of(state)
+            skipped = own.get("skipped", {}).get("steps", ())
+            parts.step.optimizer.set_step_count(start.step - len(skipped))
+            parts.loader.load_state_dict(own["loader"])
 
 
 def _train(

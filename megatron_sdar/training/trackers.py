@@ -7,7 +7,6 @@ tracker that fails is told of once and left out from then on.
 from __future__ import annotations
 
 import importlib
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sdar.config import ReportingConfig
+from megatron_sdar.regular_files import read_json
+from megatron_sdar.training.output_files import replace_json
 
 IDS_NAME = "trackers.json"
 TRACKER_NAMES = ("tensorboard", "wandb", "swanlab", "mlflow")  # each is its library's name, too
@@ -114,7 +115,7 @@ def open_trackers(
                 f"report_to: {name} cannot begin ({type(error).__name__}: {error}); log in to it, "
                 "set it offline, or leave it out"
             ) from error
-    (output_dir / IDS_NAME).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    replace_json(output_dir / IDS_NAME, ids)
     say(f"report_to: {', '.join(names)}")
     return Trackers(opened, say)
 
@@ -124,7 +125,9 @@ def _run_ids(output_dir: Path, names: Sequence[str], *, fresh: bool) -> dict[str
     path = output_dir / IDS_NAME
     ids: dict[str, str] = {}
     if path.exists() and not fresh:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = read_json(path)
+        if not isinstance(ids, dict) or not all(isinstance(known, str) for known in ids.values()):
+            raise ValueError(f"{path}: not an object of run ids; move it away to begin new ones")
     return {name: ids.get(name, "") for name in names}
 
 

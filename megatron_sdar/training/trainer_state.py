@@ -7,7 +7,8 @@ trainer_log.jsonl up to the step of the state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def trainer_state(
     """
     training = config.training
     output_dir = Path(training.output_dir)
+    log = output_dir / LOG_NAME
+    records = read_log(log) if log.exists() else []  # somebody may have moved it away
     best_path = None
     if best.saved_step is not None:
         best_path = str(output_dir / f"checkpoint-{best.saved_step}")
@@ -56,7 +59,7 @@ def trainer_state(
         "is_hyper_param_search": False,
         "is_local_process_zero": True,
         "is_world_process_zero": True,
-        "log_history": [_history(record) for record in read_log(output_dir / LOG_NAME)],
+        "log_history": [_history(record) for record in records],
         "logging_steps": plan.log_every,
         "max_steps": plan.total,
         # Document tokens, pads of packed rows included: what transformers calls input.
@@ -69,6 +72,21 @@ def trainer_state(
         "trial_name": None,
         "trial_params": None,
     }
+
+
+@contextmanager
+def state_of(path: Path) -> Iterator[None]:
+    """Around the use of a file's state of a run, whose keys and types nobody has checked before.
+
+    Raises:
+        ValueError: names the file, when it is not what a run writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: not the state of a run ({type(error).__name__}: {error}); use another one"
+        ) from error
 
 
 def own_state_of(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -104,7 +104,7 @@ def test_the_tool_prints_the_table(tmp_path: Path) -> None:
         (None, "trainer_log.jsonl is missing: give the output_dir of a run"),
         ("", "trainer_log.jsonl holds no logged step: train further"),
         ('{"step": 1, "loss": 2}\n{"step": 2}\n', "trainer_log.jsonl:2: a record needs step and"),
-        ("[1]\n", "trainer_log.jsonl:1: a record needs step and loss"),
+        ("[1]\n", "trainer_log.jsonl:1: not a log record"),
         ("nonsense\n", "trainer_log.jsonl:1: not a log record"),
         ('{"step": 1, "loss": 2}\n', "run has 1 logged losses in steps 1 to 1"),
     ],

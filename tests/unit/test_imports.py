@@ -23,7 +23,7 @@ CONFIG_FILES = (
     "config_description", "config_explanation", "config_fields", "config_rules", "config_sections",
     "config_presets", "config_rules_diffusion", "config_rules_evaluation",
     "config_rules_finetuning", "config_weights",
-    "config_yaml",
+    "config_yaml", "regular_files",
 )  # fmt: skip
 LAYERS = {
     **dict.fromkeys(CONFIG_FILES, CONFIG),

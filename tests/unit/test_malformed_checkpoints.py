@@ -1,6 +1,7 @@
 """Malformed checkpoint files and names that lead out of a checkpoint: refused by name."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_a_marker_names_files_of_its_checkpoint(tmp_path: Path, name: str) -> No
     (checkpoint / "link").symlink_to(tmp_path / "outside")
     write_marker(checkpoint, marker(name, file_record(checkpoint / name)))
     refused(lambda: read_marker(checkpoint), "outside of the checkpoint", "COMMITTED")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sequence": "x"}, {"step": -1}, {"step": True}, {"tied": 1}, {"sequence": 2**70}],
+    ids=str,
+)  # fmt: skip
+def test_a_marker_with_a_true_checksum_and_wrong_types(tmp_path: Path, changes: dict) -> None:
+    (tmp_path / "inside").write_bytes(b"weights")
+    good = marker("inside", file_record(tmp_path / "inside"))
+    write_marker(tmp_path, replace(good, **changes))
+    refused(lambda: read_marker(tmp_path), "a value is of the wrong type", "COMMITTED")
 
 
 def test_files_within_are_accepted(tmp_path: Path) -> None:

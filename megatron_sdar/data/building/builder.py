@@ -145,28 +145,30 @@ def _build(
         "part_bytes": part_bytes,
         "on_error": options.on_error,
     }
-    with WorkDirectory(target, key) as work:
-        reports = work.finished(parts)
-        resumed = len(reports)
-        resumed_tokens = sum(report.num_tokens for report in reports.values())
-        left = {index: part for index, part in parts.items() if index not in reports}
-        progress.stage("tokenising", sum(part.num_bytes for part in left.values()))
-        prefixes = {index: work.part_prefix(index) for index in parts}
-        for index, report in build_parts(builder, left, prefixes, num_workers, progress.advance):
-            reports[index] = report
-        ordered = [(parts[index], reports[index]) for index in parts]
-        metadata = _metadata(tokenizer, recipe, ordered)
-        if options.shard is None:
-            try:
-                check_complete(metadata)
-            except ValueError:
-                work.remove()  # the dataset has to change, so its parts serve no other build
-                raise
-        try:
+    try:
+        with WorkDirectory(target, key) as work:
+            reports = work.finished(parts)
+            resumed = len(reports)
+            resumed_tokens = sum(report.num_tokens for report in reports.values())
+            left = {index: part for index, part in parts.items() if index not in reports}
+            progress.stage("tokenising", sum(part.num_bytes for part in left.values()))
+            prefixes = {index: work.part_prefix(index) for index in parts}
+            for index, report in build_parts(
+                builder, left, prefixes, num_workers, progress.advance
+            ):
+                reports[index] = report
+            ordered = [(parts[index], reports[index]) for index in parts]
+            metadata = _metadata(tokenizer, recipe, ordered)
+            if options.shard is None:
+                try:
+                    check_complete(metadata)
+                except ValueError:
+                    work.remove()  # the dataset has to change, so its parts serve no other build
+                    raise
             join_parts(list(prefixes.values()), target, metadata, work)
-        except OSError as error:
-            raise storage_error(error, target) from error
-        work.remove()
+            work.remove()
+    except OSError as error:
+        raise storage_error(error, target) from error
     return replace(
         summarize_dataset(target),
         seconds=time.perf_counter() - started,

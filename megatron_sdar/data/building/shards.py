@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sdar.data.building.part import dtypes
+from megatron_sdar.data.building.part_pool import storage_error
 from megatron_sdar.data.building.summary import BuildSummary, summarize_dataset
 from megatron_sdar.data.building.work_directory import WorkDirectory, is_interrupted_commit
 from megatron_sdar.data.readers.records import SkipReport
@@ -99,9 +100,12 @@ def merge_shards(prefix: str | Path, num_shards: int, *, overwrite: bool = False
     )
     check_complete(metadata)
     check_target(str(prefix), overwrite)
-    with WorkDirectory(prefix, {"merge": [shard.fingerprint for shard in shards]}) as work:
-        join_parts(prefixes, prefix, metadata, work)
-        work.remove()
+    try:
+        with WorkDirectory(prefix, {"merge": [shard.fingerprint for shard in shards]}) as work:
+            join_parts(prefixes, prefix, metadata, work)
+            work.remove()
+    except OSError as error:
+        raise storage_error(error, str(prefix)) from error
     return replace(summarize_dataset(prefix), seconds=time.perf_counter() - started)
 
 

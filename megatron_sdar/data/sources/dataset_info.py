@@ -5,8 +5,7 @@ is either honoured or refused by name with the remedy; nothing in it is ignored 
 """
 
 import difflib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from megatron_sdar.data.readers.line_files import TEXT_COLUMN
 from megatron_sdar.data.readers.spans import TABLE_SUFFIXES, TEXT_SUFFIXES, data_suffix
 from megatron_sdar.data.sources.layouts import Columns, Layout, Tags
+from megatron_sdar.regular_files import read_json, shown
 
 STAGES = ("sft", "pt")
 
@@ -71,20 +71,22 @@ def read_dataset_info(
     file = Path(dataset_dir) / "dataset_info.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; set dataset_dir to the folder that holds it")
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    info = read_json(file)
     if not isinstance(info, dict):
         raise ValueError(f"{file}: must hold one object of name: entry")
     specs = []
     for name in names:
         if name not in info:
             near = difflib.get_close_matches(name, info, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(info) or 'none'}"
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {_listed(info)}"
             raise ValueError(f"{file}: no dataset {name!r}; {hint}")
         specs.append(_read_entry(f"{file}: {name}", name, info[name], Path(dataset_dir), stage))
     return specs
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, which a stranger's file may have a million of."""
+    return shown(", ".join(names)).strip("'\"") or "none"
 
 
 def check_stage(stage: str) -> None:
@@ -131,13 +133,13 @@ def _read_entry(where: str, name: str, entry: object, dataset_dir: Path, stage: 
     num_samples = entry.get("num_samples")
     if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
         raise ValueError(
-            f"{where}: 'num_samples' must be a whole number from 1 on, got {num_samples!r}; leave "
-            "it out to take every record once"
+            f"{where}: 'num_samples' must be a whole number from 1 on, got {shown(num_samples)}; "
+            "leave it out to take every record once"
         )
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _FORMATTINGS:
         raise ValueError(
-            f"{where}: 'formatting' {formatting!r} is not supported; use "
+            f"{where}: 'formatting' {shown(formatting)} is not supported; use "
             f"{', '.join(map(repr, _FORMATTINGS))}"
         )
     if not isinstance(entry.get("file_name"), str):
@@ -163,7 +165,7 @@ def _check_keys(where: str, entry: dict[str, Any]) -> None:
         if key not in _ENTRY_KEYS and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, _ENTRY_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_ENTRY_KEYS)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
     if entry.get("ranking"):
         raise ValueError(
             f"{where}: 'ranking' is true: preference data cannot be used for fine-tuning; give "
@@ -171,8 +173,8 @@ def _check_keys(where: str, entry: dict[str, Any]) -> None:
         )
     if entry.get("split") not in (None, "train"):
         raise ValueError(
-            f"{where}: 'split' {entry['split']!r} is not supported: local files have no splits; "
-            "name the file of that split as 'file_name'"
+            f"{where}: 'split' {shown(entry['split'])} is not supported: local files have no "
+            "splits; name the file of that split as 'file_name'"
         )
 
 
@@ -217,7 +219,7 @@ def _read_names(
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise ValueError(f"{where}: unknown name {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown name {shown(key)}; {hint}")
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
         names[key] = value

@@ -6,7 +6,6 @@ restart in each, what pads a document to a whole block is trained, the row's tai
 come out without either padding, as any other source gives them. Nothing is executed or unpickled.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_sdar.data.readers.tables import checked_batches
 from megatron_sdar.diffusion.rows import IGNORED_LABEL
+from megatron_sdar.regular_files import read_json
 
 SPLITS_FILE = "dataset_dict.json"
 _MEDIA = ("images", "videos", "audios")
@@ -180,8 +180,8 @@ def _turns(
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_sdar.regular_files import read_json, shown
+
 FORMAT_VERSION = 2
 COUNTS = ("num_documents", "num_tokens", "num_label_tokens", "num_mask_documents")
 _CHUNK_BYTES = 1 << 22
@@ -137,9 +139,9 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
     if not path.is_file():
         raise ValueError(f"{path}: no such file: no complete tokenized dataset is there; {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: not metadata of format_version {FORMAT_VERSION}; {remedy}")
     recipe_types = {
@@ -163,7 +165,7 @@ def read_metadata(prefix: str | Path) -> TokenizedMetadata:
         value = content.get(name)
         if name not in content or not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
-                f"{path}: {name!r} is missing or of the wrong type: {value!r}; {remedy}"
+                f"{path}: {name!r} is missing or of the wrong type: {shown(value)}; {remedy}"
             )
     for source in content["sources"]:
         layout = source.get("layout") if isinstance(source, dict) else None

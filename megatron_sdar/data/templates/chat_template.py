@@ -18,6 +18,7 @@ from megatron_sdar.data.sources.fields import require_unicode
 from megatron_sdar.data.sources.layouts import Conversation
 from megatron_sdar.data.sources.messages import BETWEEN_TOOL_RESULTS
 from megatron_sdar.data.templates.tool_calls import parse_calls, parse_tools
+from megatron_sdar.regular_files import read_json, read_regular_text
 
 if TYPE_CHECKING:
     from megatron_sdar.data.templates.jinja_sandbox import JinjaTemplate
@@ -43,10 +44,10 @@ def load_chat_template(directory: str | Path) -> str:
     """
     directory = _directory(directory)
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return _read_text(file)
+    if file.exists():
+        return read_regular_text(file)
     config = directory / "tokenizer_config.json"
-    found = _read_config(config).get("chat_template") if config.is_file() else None
+    found = _read_config(config).get("chat_template") if config.exists() else None
     if isinstance(found, list):
         named = {
             entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
@@ -303,16 +304,9 @@ def _directory(path: str | Path) -> Path:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}; copy it again") from error
+        content = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold one JSON object, got {type(content).__name__}")
     return content
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error}); copy it again") from error

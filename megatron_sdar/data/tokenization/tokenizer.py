@@ -7,7 +7,7 @@ padded, whatever the tokenizer file asks for. No code of the model directory is 
 """
 
 import hashlib
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from megatron_sdar.data.tokenization.fast_tokenizer import (
     check_texts,
     cross_check,
 )
+from megatron_sdar.regular_files import IrregularFileError, check_regular, read_json, shown
 
 MASK_TOKEN = "<|MASK|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 _MAX_ID_DIGITS = 10
+_LONGEST = 300  # characters of what a library says
+_MAX_BYTES = 2**30  # of tokenizer.json, of which the largest have some 40 MB
 
 
 class SdarTokenizer:
@@ -164,7 +167,7 @@ def load_tokenizer(path: str | Path) -> SdarTokenizer:
     path = Path(path)
     if path.is_dir():
         file = path / "tokenizer.json"
-        backend = _from_file(file) if file.is_file() else _from_transformers(path)
+        backend = _from_file(file) if os.path.lexists(file) else _from_transformers(path)
         directory = path
     elif path.is_file():
         backend = _from_file(path)
@@ -181,11 +184,14 @@ def load_tokenizer(path: str | Path) -> SdarTokenizer:
 
 def _from_file(file: Path) -> Tokenizer:
     try:
+        check_regular(file, _MAX_BYTES)
         return Tokenizer.from_file(str(file))
+    except IrregularFileError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception for unreadable files
-        raise ValueError(f"{file}: not a tokenizer.json of the tokenizers library: {error}") from (
-            error
-        )
+        raise ValueError(
+            f"{file}: not a tokenizer.json of the tokenizers library: {str(error)[:_LONGEST]}"
+        ) from error
 
 
 def _from_transformers(directory: Path) -> Tokenizer:
@@ -204,7 +210,7 @@ def _from_transformers(directory: Path) -> Tokenizer:
             str(directory), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # whatever the library meets in a stranger's files
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0][:_LONGEST]
         raise ValueError(
             f"tokenizer {directory}: transformers cannot load it ({first_line}); "
             "put a tokenizer.json there"
@@ -222,7 +228,7 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
     """Added tokens by id, as tokenizer_config.json and added_tokens.json declare them."""
     declared = []
     file = directory / "tokenizer_config.json"
-    if file.is_file():
+    if os.path.lexists(file):
         entries = _read_object(file).get("added_tokens_decoder", {})
         if not isinstance(entries, dict):
             raise ValueError(f"{file}: added_tokens_decoder must be an object of id: token")
@@ -235,8 +241,8 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
                 and isinstance(entry.get("content"), str)
             ):
                 raise ValueError(
-                    f"{file}: added_tokens_decoder[{token_id!r}] must be an object with a "
-                    f"'content' string under a whole-number id, got {entry!r}"
+                    f"{file}: added_tokens_decoder[{shown(token_id)}] must be an object with a "
+                    f"'content' string under a whole-number id, got {shown(entry)}"
                 )
             flags = {
                 flag: bool(entry[flag])
@@ -246,11 +252,13 @@ def _declared_tokens(directory: Path) -> list[tuple[Path, dict[int, AddedToken]]
             tokens[int(token_id)] = AddedToken(entry["content"], **flags)
         declared.append((file, tokens))
     file = directory / "added_tokens.json"
-    if file.is_file():
+    if os.path.lexists(file):
         tokens = {}
         for content, token_id in _read_object(file).items():
             if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise ValueError(f"{file}: {content!r} must have a whole-number id: {token_id!r}")
+                raise ValueError(
+                    f"{file}: {shown(content)} must have a whole-number id: {shown(token_id)}"
+                )
             special = content.startswith("<|") and content.endswith("|>")
             tokens[token_id] = AddedToken(content, normalized=False, special=special)
         declared.append((file, tokens))
@@ -272,9 +280,9 @@ def _add_declared(backend: Tokenizer, file: Path, tokens: dict[int, AddedToken])
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+        content = read_json(file)
+    except OSError as error:  # such as a link to nothing
+        raise ValueError(f"{file}: cannot read it: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold one JSON object, got {type(content).__name__}")
     return content
