@@ -187,14 +187,14 @@ class TrainingRun:
             self.adapter,
             lambda: self.best.saved_step,
         )
-        check = WeightCheck(self.config, self.arch, self.mesh, step.stages, self.done, self.say)
+        check = WeightCheck(self.config, self.arch, self.mesh, step, self.done, self.say)
         with (
             open_reporter(self.config, self.mesh, plan.total, self.done, self.say) as reporter,
             writer,
         ):
             if evaluator is not None and self.config.evaluation.eval_on_start and not self.done:
                 self._evaluate(evaluator, loader, reporter)
-            log.begin()
+            log.begin(self.watchdog)
             while self.done < plan.total and not self.best.stops:
                 lr = plan.learning_rate(self.done)
                 is_skipped = not self._step(step, loader, lr, log, checkpoint)
