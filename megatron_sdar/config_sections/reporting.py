@@ -34,9 +34,9 @@ class ReportingConfig:
         "report model FLOPs per second over what matrix products reach here, measured once", True
     )
     slow_rank_factor: float = key(
-        "at every log line compare the ranks, and name one that for two lines in a row takes more "
-        "than this many times the usual time for its own work (and 0.05 s and 5 percent of a step "
-        "more), or for matrix products: a few milliseconds a line. 0: never",
+        "at every log line compare the ranks, a few milliseconds, and name one that takes more than "
+        "this many times the usual time: for its own work (and 0.05 s and 5 percent of a step "
+        "more) at two lines in a row, or for matrix products at four. 0: never",
         2.0,
         minimum=0,
     )

@@ -13,7 +13,7 @@ from distributed.world import run_world
 
 from megatron_sdar.data.demo import make_demo_data
 
-STEPS = 4
+STEPS = 5
 SETTINGS = {
     "train_from_scratch": True, "dataset": "arithmetic", "cutoff_len": 64, "max_steps": STEPS,
     "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "no", "device": "cpu",

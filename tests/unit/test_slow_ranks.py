@@ -112,6 +112,8 @@ def test_only_what_lasts_is_said_and_ever_more_rarely() -> None:
     assert [number for number, ranks in enumerate(said, 1) if ranks] == [2, 4, 8, 16]
     assert said[1] == [3]
     assert lines(Persistence(), *[[slow], []] * 20) == [[]] * 40, "never twice in a row"
+    products = lines(Persistence(), *[[(0, PRODUCTS)]] * 20)
+    assert [number for number, ranks in enumerate(products, 1) if ranks] == [4, 8, 16]
     flickering = lines(Persistence(), *[[slow], [slow], []] * 8)
     assert [number for number, ranks in enumerate(flickering, 1) if ranks] == [2, 5, 11, 23]
 
@@ -120,7 +122,8 @@ def test_each_rank_and_kind_is_counted_alone() -> None:
     assert lines(Persistence(), [(1, WAITING)], [(2, WAITING)], [(2, WAITING), (1, WAITING)]) == [
         [], [], [2],
     ]  # fmt: skip
-    assert lines(Persistence(), [(1, WAITING)], [(1, PRODUCTS)], [(1, PRODUCTS)]) == [[], [], [1]]
+    both = [(1, WAITING), (1, PRODUCTS)]
+    assert lines(Persistence(), [(1, WAITING)], [(1, PRODUCTS)], both, both) == [[], [], [], [1]]
     assert lines(Persistence(), [(1, WAITING)], [(1, UPDATING)]) == [[], [1]], "own work, twice"
 
 
