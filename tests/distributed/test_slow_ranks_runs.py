@@ -22,8 +22,12 @@ SETTINGS = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {},
     "tp2_dp2": {"tensor_model_parallel_size": 2},
-    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-}
+    # Comparing weights is a collective behind the update: no rank's own work.
+    "tp2_pp2": {
+        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+        "check_weight_hash_interval": 1,
+    },
+}  # fmt: skip
 # Layout, slow rank, what is slow; and how the log says both.
 CASES = {
     "dp4-2-rows": "rank 2 (pp 0, dp 2, tp 0; ",

@@ -98,10 +98,7 @@ def test_products_that_were_not_measured_say_nothing() -> None:
 def lines(persistence: Persistence, *slow: Sequence[tuple[int, str]]) -> list[list[int]]:
     """Ranks that are said at each of these lines."""
     return [
-        [
-            each.rank
-            for each in persistence.lasting([RankExcess(*key, 1.0, 0.1) for key in line])
-        ]
+        [each.rank for each in persistence.lasting([RankExcess(*key, 1.0, 0.1) for key in line])]
         for line in slow
     ]
 
