@@ -41,7 +41,12 @@ from megatron_sdar.training.step import NonFiniteStepError, TrainingStep
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, summarize_run
 from megatron_sdar.training.trackers import wanted_trackers
-from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, own_state_of, trainer_state
+from megatron_sdar.training.trainer_state import (
+    TRAINER_STATE_NAME,
+    own_state_of,
+    restore_log,
+    trainer_state,
+)
 from megatron_sdar.training.weight_check import WeightCheck
 
 
@@ -101,10 +106,9 @@ class TrainingRun:
             last = self._train(step, loader, log, plan, evaluator, resumed)
         finally:
             loader.close()
-        if log.steps:
-            rows = (loader.epoch - epoch_before) * loader.num_rows
-            took = time.monotonic() - began
-            run_on_main(lambda: self._write_results(plan, loader, log, rows, took), self.mesh)
+        rows = (loader.epoch - epoch_before) * loader.num_rows
+        took = time.monotonic() - began
+        run_on_main(lambda: self._write_results(plan, loader, log, rows, took), self.mesh)
         self._begins("the export")
         exported = self._best_checkpoint() or last
         if training.export_hf:
@@ -113,19 +117,10 @@ class TrainingRun:
             image = self.output_dir / "training_loss.png"
             run_on_main(lambda: plot_loss(self.output_dir / LOG_NAME, image), self.mesh)
         seconds, losses = time.monotonic() - started, (self.first_loss, self.last_loss)
-        self.say(
-            summarize_run(
-                self.config,
-                self.done,
-                seconds,
-                losses,
-                log,
-                self.best,
-                last,
-                exported,
-                self.skipped,
-            )
+        text = summarize_run(
+            self.config, self.done, seconds, losses, log, self.best, last, exported, self.skipped
         )
+        self.say(text)
 
     def _choose_start(self) -> list[Path]:
         """Make output_dir; the checkpoints to resume from, best first (rank 0)."""
@@ -155,6 +150,7 @@ class TrainingRun:
         if "best" in state:
             self.best.load_state_dict(state["best"])
             self._forget_lost_best()
+        run_on_main(lambda: restore_log(self.output_dir / LOG_NAME, resumed.state), self.mesh)
         self.say(f"resumed from {resumed.path}: step {self.done}, epoch {loader.epoch:.3f}")
         return resumed.path
 
@@ -319,7 +315,8 @@ class TrainingRun:
     def _write_results(
         self, plan: StepPlan, loader: RowLoader, log: StepLog, rows: float, seconds: float
     ) -> None:
-        write_train_results(self.config, self.mesh, loader, log, rows, seconds)
+        if log.steps:
+            write_train_results(self.config, self.mesh, loader, log, rows, seconds)
         state = self._trainer_state(plan, loader, log, None)
         replace_json(self.output_dir / TRAINER_STATE_NAME, state)
 

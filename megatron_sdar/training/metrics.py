@@ -92,8 +92,13 @@ def trim_log(path: Path, start_step: int) -> None:
         kept = [record for record in read_log(path) if record["step"] <= start_step]
     if not kept and not path.exists():
         return
+    replace_log(path, kept)
+
+
+def replace_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file anew, all or nothing (OSError)."""
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     os.replace(temporary, path)
 
 

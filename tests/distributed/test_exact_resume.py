@@ -7,14 +7,17 @@ tensorboard. Bit for bit in the same layout, to 1e-9 in fp64 in others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from distributed.resumed_runs import (
+    KilledError,
     bits,
     checkpoints,
     exported,
@@ -29,6 +32,9 @@ from distributed.resumed_runs import (
 )
 from distributed.skipped_runs import Faults
 from distributed.world import run_world
+
+from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.trainer_state import restore_log
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -161,6 +167,63 @@ def test_killed_once_it_ends_like_the_whole_run(folder: Path, whole: str, step: 
     train(told, case.faults, killed_at=step + 1)
     train(told, case.faults)
     assert_same_run(folder / name, folder / whole, case.last)
+
+
+def test_killed_behind_its_last_save_it_still_leaves_what_it_should(folder: Path) -> None:
+    """The same command has nothing left to train: it exports, and the run's state is there."""
+    whole, name = folder / "last", "last-killed"
+    keys = {"max_steps": 2, "report_to": "none"}
+    train(write(folder, "last", **keys))
+    told = write(folder, name, **keys)
+    with mock.patch.object(TrainingRun, "_write_results", side_effect=KilledError):
+        with pytest.raises(KilledError):
+            train(told)
+    assert not (folder / name / "trainer_state.json").exists()
+    train(told)
+    assert state(folder / name) == state(whole)
+    assert exported(folder / name).keys() == exported(whole).keys()
+    before = state(folder / name)
+    train([*told, "overwrite_output_dir=false"])
+    assert state(folder / name) == before
+
+
+def test_elsewhere_the_log_has_all_that_the_checkpoint_knows(folder: Path) -> None:
+    """A run that goes on from another directory's checkpoint: no step is missing in its log."""
+    keys = {"max_steps": 5, "report_to": "none", "eval_on_start": True, "logging_steps": 1}
+    train(write(folder, "here", **keys))
+    source = folder / "here" / "checkpoint-3"
+    train(write(folder, "there", **keys, resume_from_checkpoint=str(source)))
+    found, expected = lines(folder / "there"), lines(folder / "here")
+    kept = ("step", "epoch", "loss", "grad_norm", "lr")
+    for ours, theirs in zip(found, expected, strict=True):
+        same = {k: v for k, v in theirs.items() if k in kept or k.startswith("eval_")}
+        assert {k: v for k, v in ours.items() if k in same} == same
+    assert found[-3:] == expected[-3:], "steps that were done there have the whole line"
+    assert state(folder / "there")["log_history"] == state(folder / "here")["log_history"]
+
+
+def test_a_log_that_lost_its_end_gets_it_back(tmp_path: Path) -> None:
+    path = tmp_path / "trainer_log.jsonl"
+    history = [
+        {"epoch": 0.0, "step": 0, "eval_loss": 3.0},
+        {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "epoch": 0.5, "step": 1},
+        {"epoch": 0.5, "step": 1, "eval_loss": 2.5},
+        {"learning_rate": 0.2, "epoch": 1.0, "step": 2},
+    ]
+    first = {"step": 0, "epoch": 0.0, "eval_loss": 3.0, "eval_runtime": 7.0}
+    trained = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "epoch": 0.5}
+    later = {"step": 3, "loss": 1.0, "lr": 0.3, "epoch": 1.5}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, later)) + '{"step": 4')
+    restore_log(path, {"log_history": history})
+    assert lines(tmp_path) == [
+        {"step": 0, "epoch": 0.0, "eval_loss": 3.0}, trained,
+        {"step": 1, "epoch": 0.5, "eval_loss": 2.5}, {"step": 2, "lr": 0.2, "epoch": 1.0}, later,
+    ]  # fmt: skip
+    whole = path.read_bytes()
+    assert b"eval_runtime" in whole, "lines that are there stay as they are"
+    restore_log(path, {"log_history": history})
+    restore_log(path, {})
+    assert path.read_bytes() == whole
 
 
 # In the order in which a run moves through them; each is killed at a step and the next goes on.
