@@ -57,7 +57,7 @@ def trainer_state(
         "is_local_process_zero": True,
         "is_world_process_zero": True,
         "log_history": [
-            _history(record) for record in read_log(output_dir / LOG_NAME) if record["step"] <= done
+            _history(record) for record in _records(output_dir / LOG_NAME) if record["step"] <= done
         ],
         "logging_steps": plan.log_every,
         "max_steps": plan.total,
@@ -95,7 +95,7 @@ def restore_log(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError, OSError: the log is damaged, or cannot be written.
     """
-    records = read_log(path) if path.exists() else []
+    records = _records(path)
     known = {_kind(record): record for record in records}
     history = [_log_record(entry) for entry in state.get("log_history", ())]
     if all(_kind(record) in known for record in history):
@@ -103,6 +103,10 @@ def restore_log(path: Path, state: Mapping[str, Any]) -> None:
     whole = [known.pop(_kind(record), record) for record in history]
     later = [record for record in records if _kind(record) in known]
     replace_log(path, [*whole, *later])
+
+
+def _records(path: Path) -> list[dict[str, float]]:
+    return read_log(path) if path.exists() else []
 
 
 def _kind(record: Mapping[str, Any]) -> tuple[int, bool]:

@@ -175,9 +175,9 @@ def test_killed_behind_its_last_save_it_still_leaves_what_it_should(folder: Path
     keys = {"max_steps": 2, "report_to": "none"}
     train(write(folder, "last", **keys))
     told = write(folder, name, **keys)
-    with mock.patch.object(TrainingRun, "_write_results", side_effect=KilledError):
-        with pytest.raises(KilledError):
-            train(told)
+    ends = mock.patch.object(TrainingRun, "_write_results", side_effect=KilledError)
+    with ends, pytest.raises(KilledError):
+        train(told)
     assert not (folder / name / "trainer_state.json").exists()
     train(told)
     assert state(folder / name) == state(whole)
@@ -233,24 +233,24 @@ MOVES: list[tuple[dict[str, Any], int | None]] = [
     ({"pipeline_model_parallel_size": 2}, 7),
     ({"gradient_accumulation_steps": 1, "data_parallel_sharding_strategy": "no_shard"}, None),
 ]
-MOVED = ["lora_blend", "skipping_epochs"]
+MOVED = ["lora_blend", pytest.param("skipping_epochs", marks=pytest.mark.torture)]
 
 
 @pytest.fixture(scope="module")
-def moved(folder: Path) -> Path:
-    """Runs in float64: one process from begin to end, and two that move through layouts."""
+def moved(folder: Path, request: pytest.FixtureRequest) -> str:
+    """A case in float64: one process from begin to end, and two that move through layouts."""
+    case: str = request.param
     exact = {"fp64": True, "report_to": "none", "dataloader_num_workers": 0}
+    faults = CASES[case].faults
+    train(arguments(folder, case, f"{case}-fp64", **exact), faults)
     jobs: list[Any] = []
-    for case in MOVED:
-        faults = CASES[case].faults
-        train(arguments(folder, case, f"{case}-fp64", **exact), faults)
-        for number, (layout, killed_at) in enumerate(MOVES):
-            told = arguments(folder, case, f"{case}-moved", **exact, **layout)
-            own = folder / f"{case}-moved-{number}.yaml"
-            Path(told[0]).rename(own)
-            jobs.append((train, ([str(own)], faults, killed_at)))
-    run_world(2, jobs, folder / "world")
-    return folder
+    for number, (layout, killed_at) in enumerate(MOVES):
+        told = arguments(folder, case, f"{case}-moved", **exact, **layout)
+        own = folder / f"{case}-moved-{number}.yaml"
+        Path(told[0]).rename(own)
+        jobs.append((train, ([str(own)], faults, killed_at)))
+    run_world(2, jobs, folder / f"world-{case}")
+    return case
 
 
 def near(value: Any) -> Any:
@@ -262,9 +262,9 @@ def near(value: Any) -> Any:
     return pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("case", MOVED)
-def test_moved_through_layouts_it_ends_like_the_whole_run(moved: Path, case: str) -> None:
-    found, expected, last = moved / f"{case}-moved", moved / f"{case}-fp64", CASES[case].last
+@pytest.mark.parametrize("moved", MOVED, indirect=True)
+def test_moved_through_layouts_it_ends_like_the_whole_run(folder: Path, moved: str) -> None:
+    found, expected, last = folder / f"{moved}-moved", folder / f"{moved}-fp64", CASES[moved].last
     assert checkpoints(found) == checkpoints(expected)
     weights = tensors(expected, last)
     assert tensors(found, last).keys() == weights.keys()
