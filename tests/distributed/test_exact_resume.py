@@ -144,7 +144,13 @@ def assert_same_run(found: Path, expected: Path, last: int) -> None:
         assert record(found, "skipped_steps", name) == record(expected, "skipped_steps", name)
 
 
-@pytest.mark.parametrize("whole", CASES, indirect=True)
+# `make test` has no time for all.
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.torture] if name == "published" else []) for name in CASES
+]
+
+
+@pytest.mark.parametrize("whole", NAMES, indirect=True)
 def test_killed_after_every_step_it_ends_like_the_whole_run(folder: Path, whole: str) -> None:
     """A start for each step: it does the step again that was lost, and loses the next."""
     case, name = CASES[whole], f"{whole}-killed"
