@@ -191,6 +191,10 @@ def test_killed_behind_its_last_save_it_still_leaves_what_it_should(folder: Path
     before = state(folder / name)
     train([*told, "overwrite_output_dir=false"])
     assert state(folder / name) == before
+    first = folder / name / "checkpoint-1"
+    train([*told, f"resume_from_checkpoint={first}", "max_steps=1"])
+    shorter = state(folder / name)
+    assert {entry["step"] for entry in shorter["log_history"]} == {shorter["global_step"]} == {1}
 
 
 def test_elsewhere_the_log_has_all_that_the_checkpoint_knows(folder: Path) -> None:
