@@ -33,6 +33,13 @@ class ReportingConfig:
     report_mfu: bool = key(
         "report model FLOPs per second over what matrix products reach here, measured once", True
     )
+    slow_rank_factor: float = key(
+        "at every log line compare the ranks, a few milliseconds, and name one that takes more "
+        "than this many times the usual time: for its own work (and 0.05 s and 5 percent of a step "
+        "more) at two lines in a row, or for matrix products at four. 0: never",
+        2.0,
+        minimum=0,
+    )
     peak_tflops_per_device: float | None = key(
         "what MFU is relative to, in place of a measurement: a data sheet's TFLOP/s", None, above=0
     )

@@ -59,6 +59,9 @@ class Watchdog:
         leave: ends the process; tests pass their own.
         err: where the report goes.
         interval: seconds between two looks.
+
+    Attributes:
+        listener: told of every phase as it begins, by the main thread.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Watchdog:
             for name, target in (("watchdog", self._watch), ("watchdog's guard", self._guard))
         ]
         self._watched = threading.get_ident()
+        self.listener: Callable[[str], None] = lambda phase: None
 
     def beat(self, phase: str, step: int | None = None, *, limited: bool = True) -> None:
         """The main thread is alive and begins this phase.
@@ -103,6 +107,7 @@ class Watchdog:
         self._step = self._step if step is None else step
         self._phase, self._is_limited, self._beat_at = phase, limited, time.monotonic()
         self._count += 1
+        self.listener(phase)
 
     def __enter__(self) -> Watchdog:
         self._watched = threading.get_ident()

@@ -94,7 +94,7 @@ class TrainingLoop:
             adapter,
             lambda: state.best.saved_step,
         )
-        self._check = WeightCheck(config, arch, mesh, parts.stages, state.done, say)
+        self._check = WeightCheck(config, arch, mesh, parts.step, state.done, say)
 
     def run(self, resumed: Path | None) -> Outcome:
         """Run the remaining steps.
@@ -132,7 +132,7 @@ class TrainingLoop:
             if state.evaluation_is_due:
                 self._evaluate_step()
                 self._save()  # what was evaluated belongs to the checkpoint
-            self._log_sums.begin()
+            self._log_sums.begin(self._watchdog)
             while state.done < plan.total and not state.best.stops:
                 if self._do_step() and state.done < plan.total:
                     state.evaluation_is_due = self._is_evaluation_due

@@ -30,6 +30,7 @@ from rich.text import Text
 
 from megatron_sdar.training.output_files import LogFile, replace_text
 from megatron_sdar.training.plot import read_log
+from megatron_sdar.training.slow_ranks import RankSpread
 from megatron_sdar.training.trackers import Trackers
 from megatron_sdar.training.work_meter import WorkCounts
 
@@ -39,7 +40,7 @@ Advance = Callable[[int], None]
 # What trackers plot; the rest of a record counts and names.
 _TRACKED = (
     "loss", "grad_norm", "lr", "epoch", "label_tokens_per_s", "row_tokens_per_s",
-    "data_wait_share", "memory_mb", "mfu", "skipped_steps",
+    "data_wait_share", "memory_mb", "mfu", "skipped_steps", "own_time_factor", "products_factor",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ class StepRecord:
         mfu: model FLOPs per second over the peak; None: not reported.
         memory_mb: the most memory that this process has held, MiB.
         skipped_steps: steps of the run so far whose loss or gradient was not finite.
+        ranks: how far they differ in speed; None: not compared.
     """
 
     step: int
@@ -75,6 +77,7 @@ class StepRecord:
     mfu: float | None
     memory_mb: float
     skipped_steps: int = 0
+    ranks: RankSpread | None = None
 
 
 def trim_log(path: Path, start_step: int, evaluates_again: bool = False) -> None:
@@ -94,7 +97,12 @@ def trim_log(path: Path, start_step: int, evaluates_again: bool = False) -> None
             kept = [r for r in kept if r["step"] < start_step or "lr" in r]
     if not kept and not path.exists():
         return
-    replace_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+    replace_log(path, kept)
+
+
+def replace_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file anew, all or nothing (ValueError: it cannot be written)."""
+    replace_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 class TrainingProgress(Progress):
@@ -203,6 +211,8 @@ class Reporter:
         }
         if record.mfu is not None:
             line["mfu"] = round(record.mfu, 6)
+        if record.ranks is not None:
+            line |= record.ranks.numbers
         self._write(line)
         self._trackers.log(
             record.step, {f"train/{name}": line[name] for name in _TRACKED if name in line}
@@ -229,6 +239,8 @@ class Reporter:
                 f"step {record.step:>{width}}/{self.total_steps}  epoch {record.epoch:.3f}  "
                 f"{status}  left {_clock(remaining)}"
             )
+        if record.ranks is not None and record.ranks.warning is not None:
+            self.say(record.ranks.warning)
 
     def log_evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Append a record of an evaluation and show its totals."""

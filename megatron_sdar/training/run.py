@@ -36,7 +36,7 @@ from megatron_sdar.training.stall_watch import make_watchdog
 from megatron_sdar.training.step_log import StepLog
 from megatron_sdar.training.summary import describe_run, describe_stop, summarize_run
 from megatron_sdar.training.trackers import wanted_trackers
-from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, state_of
+from megatron_sdar.training.trainer_state import TRAINER_STATE_NAME, restore_log, state_of
 
 
 class TrainingRun:
@@ -95,10 +95,9 @@ class TrainingRun:
         if outcome.stopped is not None:
             self.say(describe_stop(self.config, state.done, plan.total, outcome.checkpoint))
             return
-        if log.steps:
-            rows = (loader.epoch - epoch_before) * loader.num_rows
-            took = time.monotonic() - began
-            run_on_main(lambda: self._write_results(plan, state, parts, log, rows, took), self.mesh)
+        rows = (loader.epoch - epoch_before) * loader.num_rows
+        took = time.monotonic() - began
+        run_on_main(lambda: self._write_results(plan, state, parts, log, rows, took), self.mesh)
         last = outcome.checkpoint
         assert last is not None, "the last step is always saved"
         exported = self._best_checkpoint(state) or last
@@ -130,6 +129,7 @@ class TrainingRun:
         with state_of(resumed.path / STATE_NAME):
             state.load(resumed.state, parts.step.optimizer, self.say)
         self._forget_lost_best(state)
+        run_on_main(lambda: restore_log(self.output_dir / LOG_NAME, resumed.state), self.mesh)
         epoch = parts.loader.epoch
         self.say(f"resumed from {resumed.path}: step {state.done}, epoch {epoch:.3f}")
         return resumed
@@ -210,7 +210,8 @@ class TrainingRun:
         rows: float,
         seconds: float,
     ) -> None:
-        write_train_results(self.config, self.mesh, parts.loader, log, rows, seconds)
+        if log.steps:
+            write_train_results(self.config, self.mesh, parts.loader, log, rows, seconds)
         replace_json(self.output_dir / TRAINER_STATE_NAME, state.trainer_state(plan, None))
 
     def _finish(self, checkpoint: Path) -> None:

@@ -31,6 +31,7 @@ from megatron_sdar.parallel.layers import partial_gradient_names
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_data_parallel, sum_over_world
 from megatron_sdar.parallel.pipeline import ActivationFormat, PipelineExecutor, ignore
 from megatron_sdar.training.batch import row_seed, to_device
+from megatron_sdar.training.rank_times import MOVING, UPDATING
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class TrainingStep:
 
     def backward_scaled(self, micro_batches: Sequence[Row], scales: Sequence[float]) -> Tensor:
         """`backward` with each micro-batch's factor in the loss given; returns the loss."""
+        self.progress(MOVING)
         batches = [
             self._batch(row, scale) for row, scale in zip(micro_batches, scales, strict=True)
         ]
@@ -215,7 +217,7 @@ class TrainingStep:
             raise NonFiniteStepError(result)
         if self.max_grad_norm > 0 and grad_norm > self.max_grad_norm:
             scale_gradients(gradients, self.max_grad_norm / (grad_norm + 1e-6))
-        self.progress("update of weights")
+        self.progress(UPDATING)
         self.before_update()
         self.optimizer.step(gradients, lr)
         if not self.keeps_gradients:

@@ -13,9 +13,12 @@ from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.diffusion.rows import Row
 from megatron_sdar.parallel.mesh import ParallelMesh
+from megatron_sdar.parallel.watchdog import Watchdog
 from megatron_sdar.training.finetuning import resolve_finetuning
 from megatron_sdar.training.metrics import StepRecord
 from megatron_sdar.training.precision import precision
+from megatron_sdar.training.rank_times import PhaseClock
+from megatron_sdar.training.slow_ranks import SlowRanks
 from megatron_sdar.training.step import StepResult
 from megatron_sdar.training.work_meter import WorkCounts, WorkMeter, measure_peak, memory_mb
 
@@ -71,7 +74,7 @@ class StepLog:
     def __init__(
         self, config: SdarConfig, arch: Architecture, mesh: ParallelMesh, loader: RowLoader
     ) -> None:
-        """Collective: all_reduce (world), if the peak is measured."""
+        """Collectives: those of measure_peak and SlowRanks, if there is need."""
         self._loader, self._mesh = loader, mesh
         self._meter = WorkMeter(
             arch,
@@ -81,13 +84,17 @@ class StepLog:
         self._published = (1 + config.diffusion.noisy_views) * config.data.cutoff_len
         self.device = mesh.device
         self.peak = _peak(config, mesh)
+        self._phases = PhaseClock()
+        self._ranks = _slow_ranks(config, mesh, self._phases)
         self._interval, self._own = Interval(loader.epoch), Throughput()
         self.begin()
         self.steps, self.loss, self.logged = 0, 0.0, Throughput()
         self.left_out, self.total_flops = 0, 0
 
-    def begin(self) -> None:
-        """Start the clocks: training begins now."""
+    def begin(self, watchdog: Watchdog | None = None) -> None:
+        """Start the clocks: training begins now, and the watchdog hears of its phases."""
+        if watchdog is not None:
+            watchdog.listener = self._phases.begin
         self._mark, self._waited = time.monotonic(), self._loader.wait_seconds
 
     def add(self, rows: Sequence[Row], result: StepResult) -> None:
@@ -125,7 +132,7 @@ class StepLog:
             lr: of the step that is done.
             skipped_steps: of the whole run so far.
 
-        Collective: all_reduce (dp).
+        Collectives: all_reduce (dp), and that of `SlowRanks.compare`.
         """
         now, loader = time.monotonic(), self._loader
         waiting = loader.wait_seconds - self._waited
@@ -153,6 +160,7 @@ class StepLog:
             mfu=self.mfu(own),
             memory_mb=memory_mb(self.device),
             skipped_steps=skipped_steps,
+            ranks=None if self._ranks is None else self._ranks.compare(own.seconds),
         )
 
     def mfu(self, done: Throughput) -> float | None:
@@ -186,6 +194,14 @@ class StepLog:
             epoch, state["steps"], state["loss"], work, state.get("grad_norm")
         )
         self.total_flops = state.get("total_flops", 0)
+
+
+def _slow_ranks(config: SdarConfig, mesh: ParallelMesh, clock: PhaseClock) -> SlowRanks | None:
+    factor = config.reporting.slow_rank_factor
+    if not factor or mesh.world_size == 1:
+        return None
+    dtypes = precision(config)
+    return SlowRanks(mesh, factor, dtypes.compute or dtypes.params, clock)
 
 
 def _peak(config: SdarConfig, mesh: ParallelMesh) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.training.best_model import BestModel
-from megatron_sdar.training.metrics import LOG_NAME
+from megatron_sdar.training.metrics import LOG_NAME, replace_log
 from megatron_sdar.training.plan import StepPlan
 from megatron_sdar.training.plot import read_log
 
@@ -44,8 +44,6 @@ def trainer_state(
     """
     training = config.training
     output_dir = Path(training.output_dir)
-    log = output_dir / LOG_NAME
-    records = read_log(log) if log.exists() else []  # somebody may have moved it away
     best_path = None
     if best.saved_step is not None:
         best_path = str(output_dir / f"checkpoint-{best.saved_step}")
@@ -59,7 +57,9 @@ def trainer_state(
         "is_hyper_param_search": False,
         "is_local_process_zero": True,
         "is_world_process_zero": True,
-        "log_history": [_history(record) for record in records],
+        "log_history": [
+            _history(record) for record in _records(output_dir / LOG_NAME) if record["step"] <= done
+        ],
         "logging_steps": plan.log_every,
         "max_steps": plan.total,
         # Document tokens, pads of packed rows included: what transformers calls input.
@@ -96,6 +96,45 @@ def own_state_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     own: Mapping[str, Any] = state.get("stateful_callbacks", {}).get(_OWN_STATE, state)
     return own
+
+
+def restore_log(path: Path, state: Mapping[str, Any]) -> None:
+    """Give a run's log the lines that its checkpoint knows of and the file has not (rank 0).
+
+    They are missing when a run goes on from a checkpoint of another directory, or when a host
+    failed that had not written them to disk. What comes back is what trainer_state.json keeps.
+
+    Args:
+        path: trainer_log.jsonl; need not exist.
+        state: the checkpoint's trainer_state.json.
+
+    Raises:
+        ValueError, OSError: the log is damaged, or cannot be written.
+    """
+    records = _records(path)
+    known = {_kind(record): record for record in records}
+    history = [_log_record(entry) for entry in state.get("log_history", ())]
+    if all(_kind(record) in known for record in history):
+        return
+    whole = [known.pop(_kind(record), record) for record in history]
+    later = [record for record in records if _kind(record) in known]
+    replace_log(path, [*whole, *later])
+
+
+def _records(path: Path) -> list[dict[str, float]]:
+    return read_log(path) if path.exists() else []  # somebody may have moved it away
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[int, bool]:
+    """What there is one line of: the training or the evaluation of a step."""
+    return record["step"], "lr" in record
+
+
+def _log_record(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_history`, with what both keep."""
+    renamed = {theirs: ours for ours, theirs in _LOGGED.items()}
+    named = {renamed.get(name, name): value for name, value in entry.items() if name != "step"}
+    return {"step": entry["step"], **named}
 
 
 def _history(record: Mapping[str, Any]) -> dict[str, Any]:

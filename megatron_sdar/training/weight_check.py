@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import nn
+from collections.abc import Callable
 
 from megatron_sdar.architecture import Architecture
 from megatron_sdar.config import SdarConfig
 from megatron_sdar.model.sdar import EMBEDDING, HEAD
 from megatron_sdar.parallel.mesh import ParallelMesh
 from megatron_sdar.parallel.weight_hash import WeightCopies
-from megatron_sdar.training.step import named_parameters
+from megatron_sdar.training.step import TrainingStep, named_parameters
 
 _SHOWN = 8
 
@@ -20,6 +18,7 @@ class WeightCheck:
     """Compares copies when a step is due; does nothing when the key is 0.
 
     Args:
+        step: whose weights are compared; told when that begins.
         done: steps done before the first call.
 
     Collective: all_gather_object (world), unless the key is 0.
@@ -30,17 +29,18 @@ class WeightCheck:
         config: SdarConfig,
         arch: Architecture,
         mesh: ParallelMesh,
-        stages: Sequence[nn.Module],
+        step: TrainingStep,
         done: int,
         say: Callable[[str], None],
     ) -> None:
         self._every = config.guards.check_weight_hash_interval
         self._agreed = done
+        self._step = step
         self._copies: WeightCopies | None = None
         if not self._every:
             return
         same = {HEAD: EMBEDDING} if arch.tie_word_embeddings else {}
-        self._copies = WeightCopies(named_parameters(stages), mesh, same)
+        self._copies = WeightCopies(named_parameters(step.stages), mesh, same)
         say(
             f"check_weight_hash_interval: {self._copies.num_shared:,} weights lie on several "
             f"processes; their bits are compared every {self._every} steps"
@@ -56,6 +56,7 @@ class WeightCheck:
         """
         if self._copies is None or done % self._every:
             return
+        self._step.progress("comparing copies of weights")
         found = self._copies.differences()
         if found:
             lines = [copies.describe() for copies in found[:_SHOWN]]

@@ -37,7 +37,8 @@ NAMES = [
 ]
 SKIPPED = Faults(poisoned={3: 1, 4: 0})
 TIMES = ("elapsed_time", "remaining_time", "label_tokens_per_s", "row_tokens_per_s",
-         "data_wait_share", "memory_mb")  # fmt: skip
+         "data_wait_share", "memory_mb", "own_time_slowest_rank", "own_time_s", "own_time_factor",
+         "products_slowest_rank", "products_s", "products_factor")  # fmt: skip
 
 
 def arguments(folder: Path, name: str, **changes: Any) -> list[str]:
