@@ -23,7 +23,7 @@ from megatron_sdar.config import load_config, validate
 from megatron_sdar.data.demo import make_demo_data
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.checkpoints import CheckpointWriter
-from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.run import TrainingRun
 from megatron_sdar.training.setup import resolve_architecture
 
 STEPS = 8

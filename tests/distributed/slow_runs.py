@@ -18,7 +18,7 @@ from megatron_sdar.data.loading.loader import RowLoader
 from megatron_sdar.optim.adamw import ShardedAdamW
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training import rank_times, slow_ranks, step
-from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.run import TrainingRun
 from megatron_sdar.training.setup import resolve_architecture
 
 SECONDS = 0.4

@@ -33,7 +33,7 @@ from distributed.resumed_runs import (
 from distributed.skipped_runs import Faults
 from distributed.world import run_world
 
-from megatron_sdar.training.loop import TrainingRun
+from megatron_sdar.training.run import TrainingRun
 from megatron_sdar.training.trainer_state import restore_log
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -124,7 +124,7 @@ def test_a_signal_saves_and_fewer_ranks_go_on(folder: Path, started: list[TorchR
 def test_a_signal_in_an_evaluation_repeats_it_after_the_restart(
     folder: Path, started: list[TorchRun]
 ) -> None:
-    output = folder / "evaluating"
+    output = folder / "in-evaluation"
     keys = settings(folder, overwrite_output_dir=False)
     script = Path(__file__).with_name("slow_evaluation.py")
     run = TorchRun(2, keys, output, script=script)

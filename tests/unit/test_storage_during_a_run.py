@@ -24,9 +24,9 @@ from unit.test_full_disk_tools import refused, torture
 from unit.tool_runs import run_tool
 from unit.tool_workplace import Workplace
 
-from megatron_sdar.training.loop import TrainingRun
 from megatron_sdar.training.output_files import LogFile, replace_json
 from megatron_sdar.training.plot import plot_loss, read_log
+from megatron_sdar.training.weight_check import WeightCheck
 
 __all__ = ["disk"]
 
@@ -45,16 +45,15 @@ def place(workplace: Workplace, tmp_path: Path) -> Workplace:
 def behind_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
     """Makes a fault happen once a step is done."""
 
-    step = TrainingRun._step
+    after_step = WeightCheck.after_step
 
     def arrange(number: int, fault: Callable[[], Any]) -> None:
-        def faulty(run: TrainingRun, *arguments: Any) -> bool:
-            done = step(run, *arguments)
-            if run.done + 1 == number:
+        def faulty(check: WeightCheck, done: int) -> None:
+            after_step(check, done)  # before anything of the step is logged
+            if done == number:
                 fault()
-            return done
 
-        monkeypatch.setattr(TrainingRun, "_step", faulty)
+        monkeypatch.setattr(WeightCheck, "after_step", faulty)
 
     return arrange
 
