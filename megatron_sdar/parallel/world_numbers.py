@@ -13,10 +13,10 @@ def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[f
 
     No rank returns before all have come.
 
-    Collective: all_gather_into_tensor (world), on the device.
+    Collective: all_gather_single (world), on the device.
     """
     own = torch.tensor(values, dtype=torch.float64, device=device)
     everyones = torch.empty(dist.get_world_size() * len(values), dtype=own.dtype, device=device)
-    dist.all_gather_into_tensor(everyones, own)
+    dist.all_gather_single(everyones, own)
     rows: list[list[float]] = everyones.view(-1, len(values)).tolist()
     return rows

@@ -185,7 +185,7 @@ class SlowRanks:
         Args:
             seconds: since the last call.
 
-        Collective: all_gather_into_tensor (world).
+        Collective: all_gather_single (world).
         """
         steps, parts = self._clock.take()
         rows = gather_numbers([*parts, self._products], self._device)

@@ -105,3 +105,11 @@ def test_nobody_is_named_when_all_clocks_go_alike(runs: Path) -> None:
 def test_it_can_be_turned_off(runs: Path) -> None:
     assert warnings(runs / "off") == []
     assert not {"own_time_s", "products_s"} & set(log(runs / "off")[-1])
+
+
+def test_it_changes_no_bit_of_the_weights(runs: Path) -> None:
+    folders = [runs / name / f"checkpoint-{STEPS}" for name in ("off", "dp4-2-rows", "alike")]
+    shards = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        assert len({(folder / shard).read_bytes() for folder in folders}) == 1, shard
