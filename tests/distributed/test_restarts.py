@@ -100,15 +100,16 @@ def test_a_signal_saves_and_fewer_ranks_go_on(folder: Path, started: list[TorchR
     """Rank 1 and all loader workers get it, rank 0 does not; then one rank takes all rows."""
     output = folder / "asked"
     keys = settings(folder, dataloader_num_workers=1, job_id="17", save_steps=100)
-    run = TorchRun(2, keys, output)
+    run = TorchRun(2, keys, output, script=Path(__file__).with_name("slow_steps.py"))
     started.append(run)
-    run.wait_for(r"step +3/")
+    run.wait_for(r"step +5/")
     asked = time.monotonic()
     for pid in set(run.descendants()) - {run.ranks()[0]}:
         os.kill(pid, signal.SIGUSR1)
     assert run.end() == 0, run.text
     print(f"left {time.monotonic() - asked:.1f} s after the signal")
     step = int(run.wait_for(r"asked to stop \(SIGUSR1 to rank 1\): after step (\d+)")[1])
+    assert 5 <= step < 8, "not only when step 8 is evaluated"
     assert complete_checkpoints(output) == [output / f"checkpoint-{step}"]
     assert "a start with the same job_id (17) goes on from there" in run.text
     again = TorchRun(1, keys, output)

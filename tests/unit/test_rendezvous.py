@@ -15,7 +15,9 @@ SIZE = 4
 TIMEOUT = timedelta(seconds=20)
 
 
-def start(store: dist.Store, before: Callable[[int], None] = lambda rank: None) -> list[str]:
+def start(
+    store: dist.Store, value: str, before: Callable[[int], None] = lambda rank: None
+) -> list[str]:
     """What each rank finds under a key that rank 0 writes in its own part."""
     found = [""] * SIZE
 
@@ -23,7 +25,7 @@ def start(store: dist.Store, before: Callable[[int], None] = lambda rank: None) 
         before(number)
         own = own_store(store, number, SIZE, TIMEOUT)
         if number == 0:
-            own.set("key", "value")
+            own.set("key", value)
         else:
             own.wait(["key"], TIMEOUT)
         found[number] = own.get("key").decode()
@@ -40,8 +42,8 @@ def start(store: dist.Store, before: Callable[[int], None] = lambda rank: None) 
 
 def test_starts_one_after_another_do_not_see_each_other() -> None:
     store = dist.HashStore()
-    for _ in range(3):
-        assert start(store) == ["value"] * SIZE
+    for value in ("first", "second", "third"):
+        assert start(store, value) == [value] * SIZE
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -65,7 +67,7 @@ def test_what_a_start_that_died_left_behind_is_no_answer(first: int) -> None:
             turn.set()
         turn.wait(20)
 
-    assert start(store, in_order) == ["value"] * SIZE
+    assert start(store, "value", in_order) == ["value"] * SIZE
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
