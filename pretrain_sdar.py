@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 from megatron_sdar.config import describe_keys, load_config, validate
 from megatron_sdar.config_batch import with_global_batch
+from megatron_sdar.parallel.devices import check_launch, device_type
 from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.launch import leave_alone, leave_together
 from megatron_sdar.parallel.mesh import (
     build_mesh,
-    check_launch,
-    device_type,
     read_launch_info,
     start_process_group,
     stop_process_group,

@@ -14,7 +14,7 @@ from megatron_sdar.doctor.machine import machine
 from megatron_sdar.doctor.run import Place, run
 from megatron_sdar.doctor.software import software
 from megatron_sdar.doctor.storage import storage
-from megatron_sdar.parallel.mesh import device_type
+from megatron_sdar.parallel.devices import device_type
 from megatron_sdar.training.memory_estimate import GIB
 
 _EXAMPLES = """\

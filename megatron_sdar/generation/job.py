@@ -32,13 +32,12 @@ from megatron_sdar.generation.prompts import Prompt, PromptOptions, prompt_ids, 
 from megatron_sdar.generation.sampler_config import GenerationResult, SamplerConfig, check_request
 from megatron_sdar.generation.text import DTYPES, TextRequest, TextStream, sampler_config
 from megatron_sdar.model.sdar import SdarStage
+from megatron_sdar.parallel.devices import check_launch, device_type
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import (
     LaunchInfo,
     ParallelMesh,
     build_mesh,
-    check_launch,
-    device_type,
     start_process_group,
     stop_process_group,
 )

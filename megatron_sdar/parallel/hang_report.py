@@ -1,9 +1,13 @@
-"""From the states of the ranks to who is missing, in words."""
+"""What a rank writes of its own state, and from the states of all to who is missing, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import faulthandler
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_sdar.parallel.flight_recorder import recorded_collectives
 
 _SHOWN = 16
 
@@ -85,3 +89,22 @@ def _in_words(state: RankState) -> str:
         f"({state.place}; {state.host}, pid {state.pid}) step {state.step}, {state.phase} for "
         f"{state.since:.0f} s, {doing}{last}"
     )
+
+
+def write_state(path: Path, state: RankState) -> None:
+    """Write what this rank does, all its stacks and the flight recorder's trace (OSError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name, value in asdict(state).items():
+            file.write(f"{name}: {value}\n")
+        file.write("\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.write(f"\nflight recorder: {recorded_collectives().trace}\n")
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Their numbers, the first eight of them."""
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"

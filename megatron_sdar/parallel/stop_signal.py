@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 
 import torch
 
+from megatron_sdar.parallel.hang_report import ranks_text
 from megatron_sdar.parallel.launch import gather_from_all
 from megatron_sdar.parallel.mesh import ParallelMesh, sum_over_world
 
@@ -78,7 +79,7 @@ class StopSignal:
         for rank, name in enumerate(names):
             if name is not None:
                 asked.setdefault(name, []).append(rank)
-        return ", ".join(f"{name} to {_ranks(ranks)}" for name, ranks in asked.items())
+        return ", ".join(f"{name} to {ranks_text(ranks)}" for name, ranks in asked.items())
 
     @property
     def seconds(self) -> float:
@@ -140,9 +141,3 @@ def _is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def _ranks(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"{len(ranks)} ranks"

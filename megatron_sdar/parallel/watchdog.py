@@ -10,14 +10,13 @@ starts them again. Invariant: who waits in a collective is never blamed while so
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +26,7 @@ import torch.distributed as dist
 
 from megatron_sdar.parallel.collective_frames import is_from_collective, waiting_in
 from megatron_sdar.parallel.flight_recorder import recorded_collectives
-from megatron_sdar.parallel.hang_report import RankState, describe_hang
+from megatron_sdar.parallel.hang_report import RankState, describe_hang, ranks_text, write_state
 
 LONGEST_INTERVAL = 2.0
 ANSWER_SECONDS = 4.0  # in which ranks answer rank 0, and rank 0 tells them that it has reported
@@ -201,7 +200,9 @@ class Watchdog:
         stalled = [
             rank for rank, seen in self._seen.items() if now - seen.count_at >= self._timeout
         ]
-        return f"nothing new from {_ranks(stalled)} for {self._timeout:g} s" if stalled else None
+        return (
+            f"nothing new from {ranks_text(stalled)} for {self._timeout:g} s" if stalled else None
+        )
 
     def silent_ranks(self) -> list[int]:
         """Ranks not heard of for some intervals since this was first asked; all, without a store.
@@ -298,26 +299,12 @@ class Watchdog:
         )
 
     def _write(self, state: RankState) -> None:
-        """The state, all stacks and the flight recorder's trace."""
         path = self._directory / f"rank-{self._rank}.txt"
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
-                for name, value in asdict(state).items():
-                    file.write(f"{name}: {value}\n")
-                file.write("\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-                file.write(f"\nflight recorder: {recorded_collectives().trace}\n")
+            write_state(path, state)
         except OSError as error:
             self._say(f"rank {self._rank}: {path} cannot be written: {error}")
 
     def _say(self, text: str) -> None:
         self._err.write(text + "\n")
         self._err.flush()
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"

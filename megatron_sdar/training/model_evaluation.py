@@ -21,13 +21,12 @@ from megatron_sdar.config import (
 )
 from megatron_sdar.generation.loading import check_layout, load_stages, model_tokenizer, open_model
 from megatron_sdar.generation.text import DTYPES
+from megatron_sdar.parallel.devices import check_launch, device_type
 from megatron_sdar.parallel.launch import run_on_main
 from megatron_sdar.parallel.mesh import (
     LaunchInfo,
     ParallelMesh,
     build_mesh,
-    check_launch,
-    device_type,
     start_process_group,
     stop_process_group,
 )

@@ -15,10 +15,10 @@ from pathlib import Path
 from megatron_sdar.checkpoint.native import load_checkpoint
 from megatron_sdar.config import SdarConfig, load_config, validate
 from megatron_sdar.diffusion.loss import micro_batch_scales
+from megatron_sdar.parallel.devices import device_type
 from megatron_sdar.parallel.mesh import (
     LaunchInfo,
     build_mesh,
-    device_type,
     start_process_group,
     stop_process_group,
 )

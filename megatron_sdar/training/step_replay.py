@@ -17,14 +17,13 @@ from megatron_sdar.checkpoint.native import load_checkpoint
 from megatron_sdar.checkpoint.run_directory import STATE_NAME
 from megatron_sdar.config import SdarConfig, load_config, validate
 from megatron_sdar.diffusion.loss import micro_batch_scales
+from megatron_sdar.parallel.devices import check_launch, device_type
 from megatron_sdar.parallel.gradients import local_gradients
 from megatron_sdar.parallel.launch import gather_from_all, run_on_main
 from megatron_sdar.parallel.mesh import (
     LaunchInfo,
     ParallelMesh,
     build_mesh,
-    check_launch,
-    device_type,
     start_process_group,
     stop_process_group,
 )

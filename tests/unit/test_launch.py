@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_sdar.parallel.devices import check_launch, device_type
 from megatron_sdar.parallel.launch import run_on_main
-from megatron_sdar.parallel.mesh import LaunchInfo, build_mesh, check_launch, device_type
+from megatron_sdar.parallel.mesh import LaunchInfo, build_mesh
 
 ALONE = LaunchInfo(rank=0, local_rank=0, world_size=1)
 
