@@ -98,15 +98,19 @@ def describe_stop(config: SdarConfig, done: int, total: int, checkpoint: Path | 
     training = config.training
     if checkpoint is None:
         return "stopped before the first step: nothing was trained, nothing is lost"
-    onward = "the same command goes on from there"
-    if training.job_id is not None:
-        onward = f"a start with the same job_id ({training.job_id}) goes on from there"
+    onward = "has everything; the same command goes on from there"
+    if training.save_only_model:
+        onward = "holds the weights alone (save_only_model); train on from it as a model"
+    elif training.job_id is not None:
+        onward = (
+            f"has everything; a start with the same job_id ({training.job_id}) goes on from there"
+        )
     elif training.overwrite_output_dir or isinstance(training.resume_from_checkpoint, str):
         onward = (
-            "to go on from there add overwrite_output_dir=false resume_from_checkpoint=null to "
+            "has everything; to go on from there add overwrite_output_dir=false resume_from_checkpoint=null to "
             "the command"
         )
-    return f"stopped after step {done} of {total}: {checkpoint} has everything; {onward}"
+    return f"stopped after step {done} of {total}: {checkpoint} {onward}"
 
 
 def _figures(log: StepLog) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import pytest
 from megatron_sdar.config import load_config
 from megatron_sdar.training.metrics import trim_log
 from megatron_sdar.training.run_state import RunState
+from megatron_sdar.training.summary import describe_stop
 
 SAVED = {"step": 4, "stateful_callbacks": {"megatron_sdar": {"rows_per_step": 8}}}
 
@@ -27,6 +28,28 @@ def test_a_changed_batch_is_said(tmp_path: Path, rows: int, is_said: bool) -> No
     assert state.done == 4
     assert not state.evaluation_is_due
     assert [line.startswith("a step took 8 rows") for line in said] == [True] * is_said
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "has everything; the same command goes on from there"),
+        ({"overwrite_output_dir": True}, "to go on from there add overwrite_output_dir=false"),
+        ({"resume_from_checkpoint": "x"}, "to go on from there add overwrite_output_dir=false"),
+        ({"job_id": "j", "overwrite_output_dir": True}, "a start with the same job_id (j) goes on"),
+        ({"save_only_model": True}, "the weights alone (save_only_model); train on from it as a"),
+    ],
+)
+def test_who_was_stopped_is_told_how_to_go_on(
+    tmp_path: Path, keys: dict[str, object], words: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model_name_or_path: m\noutput_dir: o\ndataset: d\n")
+    config = load_config([str(path), *(f"{name}={value}" for name, value in keys.items())])
+    text = describe_stop(config, 3, 9, Path("o/checkpoint-3"))
+    assert text.startswith("stopped after step 3 of 9: o/checkpoint-3 h")
+    assert words in text
+    assert "nothing was trained" in describe_stop(config, 0, 9, None)
 
 
 def test_an_evaluation_that_is_repeated_is_logged_once(tmp_path: Path) -> None:
