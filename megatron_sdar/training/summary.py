@@ -107,8 +107,8 @@ def describe_stop(config: SdarConfig, done: int, total: int, checkpoint: Path | 
         )
     elif training.overwrite_output_dir or isinstance(training.resume_from_checkpoint, str):
         onward = (
-            "has everything; to go on from there add overwrite_output_dir=false resume_from_checkpoint=null to "
-            "the command"
+            "has everything; to go on from there add overwrite_output_dir=false "
+            "resume_from_checkpoint=null to the command"
         )
     return f"stopped after step {done} of {total}: {checkpoint} {onward}"
 
