@@ -15,6 +15,7 @@ from megatron_sdar.checkpoint.run_directory import (
     complete_checkpoints,
     incomplete_checkpoints,
 )
+from megatron_sdar.checkpoint.run_lock import RUN_LOCK_NAME, RunLock
 from megatron_sdar.checkpoint.run_mark import RUN_MARK_NAME, begin_run
 from megatron_sdar.checkpoint.stored_fit import AdapterOrigin
 from megatron_sdar.config import SdarConfig
@@ -55,6 +56,7 @@ class TrainingRun:
         self.output_dir = Path(config.training.output_dir)
         self.say: Say = _print_line if mesh.is_main else _stay_quiet
         self.adapter: AdapterOrigin | None = None
+        self.lock = RunLock(self.output_dir)
         self.watchdog = make_watchdog(config.parallel, self.output_dir, mesh)
 
     def run(self) -> None:
@@ -111,14 +113,18 @@ class TrainingRun:
         )
 
     def _choose_start(self) -> tuple[str, list[Path]]:
-        """Make output_dir; the job, and the checkpoints to resume from, best first (rank 0)."""
+        """Take output_dir; the job, and the checkpoints to resume from, best first (rank 0)."""
         training = self.config.training
         wanted_trackers(self.config.reporting.report_to)  # refused here, not after preparations
         with written(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        job = training.job_id or launch_name()
+        with written(self.output_dir / RUN_LOCK_NAME):
+            shared = self.lock.take(job)
+        if shared is not None:
+            self.say(f"warning: {shared}")
         for line in incomplete_checkpoints(self.output_dir):
             self.say(f"passed over: {line}")
-        job = training.job_id or launch_name()
         candidates = resume_candidates(
             self.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, job
         )

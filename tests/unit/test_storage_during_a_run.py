@@ -21,6 +21,7 @@ import pytest
 from distributed.command import exit_codes
 from unit.test_full_disk import disk, fill_up
 from unit.test_full_disk_tools import refused, torture
+from unit.test_run_lock import hold
 from unit.tool_runs import run_tool
 from unit.tool_workplace import Workplace
 
@@ -87,6 +88,19 @@ def test_output_dir_goes_away(
     assert again.code == 0, again.text
     assert "checkpoint-2: step 2" in again.stdout
     assert [record["step"] for record in read_log(place.root / "new/trainer_log.jsonl")][-1] == 4
+
+
+def test_another_run_writes_there(place: Workplace) -> None:
+    """It neither resumes nor forgets, moves or logs anything of the other's."""
+    assert run_tool("pretrain", run_of(2, 2), place.root).code == 0
+    log = (place.root / "new/trainer_log.jsonl").read_bytes()
+    again = run_of(4, 2, "overwrite_output_dir=true")
+    with hold(place.root / "new") as other:
+        outcome = run_tool("pretrain", again, place.root)
+        refused(outcome, "another run writes into new", f"process {other.pid} on", "wait until")
+        other.kill()
+    assert (place.root / "new/trainer_log.jsonl").read_bytes() == log
+    assert run_tool("pretrain", again, place.root).code == 0
 
 
 def test_the_log_alone_goes_away(place: Workplace, behind_step: Callable) -> None:
