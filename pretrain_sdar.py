@@ -30,7 +30,8 @@ usage: torchrun --nproc_per_node N pretrain_sdar.py CONFIG.yaml [key=value ...]
        python pretrain_sdar.py CONFIG.yaml [key=value ...]          (one process)
 
 Trains an SDAR block-diffusion language model on N = tp x pp x dp processes. CONFIG.yaml is a
-flat YAML file of the keys below; key=value behind it replaces single keys. For example:
+flat YAML file of the keys below; key=value behind it replaces single keys (--key=value does too,
+and --key means key=true). For example:
 
   torchrun --nproc_per_node 4 pretrain_sdar.py configs/tiny_cpu.yaml max_steps=100
   torchrun --nproc_per_node 8 pretrain_sdar.py my.yaml tensor_model_parallel_size=4

@@ -180,12 +180,21 @@ def _shown(node: yaml.Node) -> str:
 
 
 def parse_override(argument: str) -> Entry:
-    """Read one `key=value` argument; the value is YAML (`null`, `1e-5`, `[1, 2]`, `text`)."""
+    """Read one `key=value` argument; the value is YAML (`null`, `1e-5`, `[1, 2]`, `text`).
+
+    `--key=value` is the same, and the switch `--key` is `key=true`; dashes within stand for
+    underscores.
+    """
     key, separator, text = argument.partition("=")
-    if not separator or not key.isidentifier():
+    if key.startswith("--"):
+        key = key[2:].replace("-", "_")
+        text = text if separator else "true"
+    elif not separator:
+        key = ""
+    if not key.isidentifier():
         raise ValueError(
             f"command line: {argument!r} is not of the form key=value "
-            "(such as learning_rate=1e-5, without dashes or spaces)"
+            "(such as learning_rate=1e-5, without spaces)"
         )
     where = f"command line ({argument})"
     try:

@@ -114,6 +114,19 @@ def test_override_replaces_the_file(load: Load) -> None:
     assert load("seed: x\n", "seed=2").training.seed == 2
 
 
+def test_keys_with_dashes_and_switches(load: Load) -> None:
+    guards = load("seed: 1\n", "--check-parallel", "--max_skipped-steps=7").guards
+    assert guards.check_parallel is True
+    assert guards.max_skipped_steps == 7
+    with pytest.raises(ValueError, match=r"command line \(--seed\).*seed: True is not an integer"):
+        load("", "--seed")
+    for argument in ("2", "--", "--=2", "--seed ", "---seed=2"):
+        with pytest.raises(ValueError, match=r"not of the form key=value"):
+            load("seed: 1\n", argument)
+    with pytest.raises(ValueError, match=r"command line \(--sead=2\): unknown key sead"):
+        load("seed: 1\n", "--sead=2")
+
+
 def test_yaml_no_is_text_and_true_is_not(load: Load) -> None:
     assert load("save_strategy: no\n").training.save_strategy == "no"
     with pytest.raises(ValueError, match=r"bf16: 'yes' is not true or false"):
@@ -252,7 +265,7 @@ def test_the_file_comes_first(argv: list[str]) -> None:
         load_config(argv)
 
 
-@pytest.mark.parametrize("argument", ["seed", "--seed=1", "=1", "a b=1", ""])
+@pytest.mark.parametrize("argument", ["seed", "-seed=1", "=1", "a b=1", ""])
 def test_malformed_arguments(load: Load, argument: str) -> None:
     with pytest.raises(ValueError, match="is not of the form key=value"):
         load("", argument)
