@@ -120,7 +120,7 @@ def test_keys_with_dashes_and_switches(load: Load) -> None:
     assert guards.max_skipped_steps == 7
     with pytest.raises(ValueError, match=r"command line \(--seed\).*seed: True is not an integer"):
         load("", "--seed")
-    for argument in ("2", "--", "--=2", "--seed ", "---seed=2"):
+    for argument in ("2", "--", "--=2", "--seed "):
         with pytest.raises(ValueError, match=r"not of the form key=value"):
             load("seed: 1\n", argument)
     with pytest.raises(ValueError, match=r"command line \(--sead=2\): unknown key sead"):
