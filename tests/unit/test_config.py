@@ -123,7 +123,7 @@ def test_keys_with_dashes_and_switches(load: Load) -> None:
     for argument in ("2", "--", "--=2", "--seed "):
         with pytest.raises(ValueError, match=r"not of the form key=value"):
             load("seed: 1\n", argument)
-    with pytest.raises(ValueError, match=r"command line \(--sead=2\): unknown key sead"):
+    with pytest.raises(ValueError, match=r"command line \(--sead=2\): unknown key 'sead'"):
         load("seed: 1\n", "--sead=2")
 
 
