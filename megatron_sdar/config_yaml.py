@@ -30,15 +30,23 @@ _SCALARS = (
 
 _MAX_BYTES = 2**20  # of a configuration file
 _MAX_ALIASED = 1000  # characters
+_MAX_DEPTH = 50  # of lists in lists; beyond it PyYAML takes seconds to run out of stack
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class protocol)
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Aliases of short scalars only: nested ones grow without bound once shown."""
+        if self._depth == _MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=mark)
         alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        self._depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
         if alias is None or (isinstance(node, yaml.ScalarNode) and len(node.value) <= _MAX_ALIASED):
             return node
         raise yaml.MarkedYAMLError(
@@ -103,8 +111,6 @@ def read_file(path: str | Path) -> list[Entry]:
             Entry(key.value, _construct(loader, key, value, path), f"{path}:{_line(key)}")
             for key, value in node.value
         ]
-    except RecursionError as error:
-        raise ValueError(f"{path}: not valid YAML: nested too deeply") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from error

@@ -6,7 +6,7 @@ _YAML: list[tuple[str, bytes, str]] = [
     ("empty", b"", "an empty file"),
     ("list", b"- a\n", "found a list"),
     ("scalar", b"words\n", "found 'words'"),
-    ("deep list", b"a: " + b"[" * 5000, "nested too deeply"),
+    ("deep list", b"a: " + b"[" * 5000, "c.yaml:1: not valid YAML: nested too deeply"),
     ("deep mapping", b"a: " + b"{b: " * 5000, "nested too deeply"),
     ("larger than a configuration", b"#" * 2_000_000, "larger than"),
     ("alias bomb", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"c.yaml:2: .*\*a repeats"),

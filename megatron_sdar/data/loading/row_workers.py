@@ -7,7 +7,9 @@ are raised by `take`, as if it had built the step itself.
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,6 +114,9 @@ class ProcessesAhead:
         import torch
         from torch.utils.data import DataLoader
 
+        # Python ends what is left of its children by the signal that these ignore. Registered after
+        # torch's own, hence called before it, when workers can still be told to end.
+        atexit.register(_close, weakref.ref(self))
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._steps),
             batch_size=None,
@@ -143,6 +148,11 @@ class _Steps:
             return self._build(position)
         except ValueError as error:
             return _Failure(str(error))
+
+
+def _close(rows: weakref.ref[ProcessesAhead]) -> None:
+    if (left := rows()) is not None:
+        left.close()
 
 
 def _ignore_stop_signals(worker: int) -> None:
