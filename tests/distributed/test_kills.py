@@ -65,16 +65,20 @@ def run_with_kills(
 ) -> Tally:
     """Kill a run so many times, then let it end."""
     tally = Tally([], [])
+    victims = [number % (RANKS + 1) for number in range(kills)]
+    chance.shuffle(victims)
     run, seen = start(keys, output), 0
     try:
-        for number in range(kills):
-            if number % 2:
+        for number, victim in enumerate(victims):
+            if number == 0:
+                wait_for(run, "^step ", SAVED + 1)  # so that something is resumed
+            elif number % 2:
                 time.sleep(chance.uniform(0.5, 5.0))  # while it starts, as a rule
             else:
                 wait_for(run, "^step ", 1 + len(re.findall("^step ", run.text, re.M)))
                 time.sleep(chance.uniform(0.0, 2.0))
             assert run.process.poll() is None, f"over before all kills, or failed:\n{run.text}"
-            ranks, victim = run.ranks(), chance.randrange(RANKS + 1)
+            ranks = run.ranks()
             last = run.text.rstrip().rpartition("\n")[2][:60]
             tally.kills.append(f"{'host' if victim == RANKS else f'rank {victim}'}: {last}")
             killed = time.monotonic()
