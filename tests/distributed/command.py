@@ -5,30 +5,24 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distributed.forks import run_forked
+
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a test's own world
 
 
 def run_python(arguments: Sequence[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run this interpreter with one thread per process, the project importable."""
     paths = [str(ROOT), str(ROOT / "kernels")]
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in LAUNCHED},
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=900,
-        check=False,
-    )
+    return run_forked(arguments, cwd, environment, 900)
 
 
 def train(

@@ -145,7 +145,6 @@ FLEX = [
 TRITON = [
     Layout("one_process_triton", backend="triton", fused="triton"),
     Layout("tp2_sp_triton", tp=2, sequence_parallel=True, backend="triton", fused="triton"),
-    Layout("pp2_ragged_triton", pp=2, ragged=True, backend="triton", fused="triton"),
 ]
 # Every layout of the list with each backend: a proof of half an hour.
 EVERY_FLEX = [

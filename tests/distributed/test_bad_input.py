@@ -70,7 +70,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# One for each place where a run refuses: every rank by itself, the main rank, all in the run.
+BY_DEFAULT = {"wrong_world_size", "malformed_record", "flex_on_cpu"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.torture) for name in CASES],
+)
 def test_one_message_and_exit_code_one(name: str, demo: Path, tmp_path: Path) -> None:
     changes, expected = CASES[name]
     if changes.get("dataset") == "BROKEN":

@@ -13,11 +13,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from distributed.forks import fork_context
 
 Job = tuple[Callable[..., None], tuple[object, ...]]
-
-# Imported once, by a process that the ranks are forked from: half of a short world's time.
-PRELOADED = ("distributed.world", "torch.distributed.fsdp", "megatron_sdar.training.run")
 
 
 def _rank_main(rank: int, world_size: int, jobs: Sequence[Job], directory: str) -> None:
@@ -53,9 +51,7 @@ def run_world(
         time_limit: seconds that each process may take.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn" if environment else "forkserver")
-    if not environment:
-        context.set_forkserver_preload(list(PRELOADED))
+    context = mp.get_context("spawn") if environment else fork_context()
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, list(jobs), str(directory)))
         for rank in range(world_size)

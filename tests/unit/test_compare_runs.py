@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed.command import run_python
 
 from megatron_sdar.training.run_comparison import (
     RunLosses,
@@ -127,5 +127,4 @@ def test_errors_end_the_tool_with_one_line(tmp_path: Path) -> None:
 
 
 def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/compare_runs.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python(["tools/compare_runs.py", *arguments])

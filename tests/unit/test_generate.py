@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed.command import run_python
 from distributed.layouts import Layout
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -296,21 +295,9 @@ def test_a_request_that_cannot_be_met_is_refused(
 
 
 def _tool(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "MASTER_ADDR")}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            ROOT / "tools" / "generate.py",
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    launcher = torchrun if processes > 1 else []
+    return run_python([*launcher, str(ROOT / "tools" / "generate.py"), *map(str, arguments)])
 
 
 def test_the_command_prints_what_the_model_decodes(model_dir: Path, single_process: None) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distributed.command import run_python
 from unit.token_builds import files
 
 from megatron_sdar.data.storage.tokens import TokenizedDataset
@@ -12,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python([str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)])
 
 
 def test_tool_builds_and_reports(demo, tokenizer, tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed.command import run_python
 
 from megatron_sdar.benchmark.schedules import compared_schedules, measured_figures
 
@@ -28,9 +27,9 @@ def test_figures_of_known_draws() -> None:
 
 
 def test_the_tool_measures_every_schedule(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/benchmark.py", "schedules", "--quick", "--draws", "3",
+    command = ["tools/benchmark.py", "schedules", "--quick", "--draws", "3",
                "--json", str(tmp_path / "figures.json")]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(command)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     schedules = {each["schedule"]: each for each in figures["schedules"]}
@@ -45,7 +44,7 @@ def test_the_tool_measures_every_schedule(tmp_path: Path) -> None:
 
 
 def test_errors_end_the_tool_with_one_line() -> None:
-    command = [sys.executable, "tools/benchmark.py", "schedules", "--quick", "--draws", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["tools/benchmark.py", "schedules", "--quick", "--draws", "2"]
+    done = run_python(command)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --draws 2: a variance and its error need at least 3\n"

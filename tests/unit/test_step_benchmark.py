@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from distributed.command import run_python
 from sdar_kernels.reference import dense_mask
 
 from megatron_sdar.benchmark import step
@@ -71,8 +72,7 @@ def test_the_denominators_are_printed(quick: tuple[dict[str, Any], str, Path]) -
 
 
 def test_input_without_a_tokenizer_is_refused() -> None:
-    command = [sys.executable, "tools/benchmark.py", "step", "--input", "some.jsonl"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(["tools/benchmark.py", "step", "--input", "some.jsonl"])
     assert done.returncode == 1
     assert done.stderr == "error: --input needs --tokenizer: a model directory\n"
 

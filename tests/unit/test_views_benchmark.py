@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from distributed.command import run_python
 
 from megatron_sdar.benchmark import view_forms, view_moments
 from megatron_sdar.benchmark import views as views_module
@@ -248,5 +248,4 @@ def test_errors_end_the_tool_with_one_line(arguments: tuple[str, ...], message: 
 
 
 def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/benchmark.py", "views", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python(["tools/benchmark.py", "views", *arguments])
