@@ -1,7 +1,7 @@
 """The two files of SDAR's LLaMA-Factory guide run as they stand, by the guide's launch line.
 
 guide/*.yaml hold the published values. Only what a user replaces is replaced: paths, and the row
-length, since the model is a small one; twenty steps are enough.
+length, since the model is a small one; six steps are enough (20 in `make test-slow`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 GUIDE = Path(__file__).parent / "guide"
 FILES = ("sdar_4b_math_cot_full.yaml", "sdar_8b_full.yaml")
 CUTOFF = 256
+steps_of_the_run = pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
     """A small SDAR with weights, and LLaMA-Factory's data folder with open_r1_math."""
-    folder = tmp_path_factory.mktemp("guide")
+    folder = tmp_path
     make_demo_data(folder / "demo", 200)
     config = json.loads((folder / "demo/model/config.json").read_text())
     write_random_model(folder / "model", config, torch.float32)
@@ -76,27 +77,27 @@ def write_config(name: str, work: Path, tokenized_path: Path) -> Path:
     return path
 
 
-def launch(num_processes: int, config: Path, work: Path) -> str:
+def launch(num_processes: int, config: Path, work: Path, steps: int) -> str:
     """The guide's torchrun line, in the folder in which it is given; returns what is printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     line = f"--nnodes 1 --node_rank 0 --nproc_per_node {num_processes} --master_addr 127.0.0.1"
-    script = [str(ROOT / "pretrain_sdar.py"), str(config), "max_steps=20"]
+    script = [str(ROOT / "pretrain_sdar.py"), str(config), f"max_steps={steps}"]
     torchrun = ["-m", "torch.distributed.run", *line.split(), "--master_port", str(port)]
     result = run_python([*torchrun, *script], cwd=work)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
-def check_run(config: Path, printed: str) -> list[float]:
+def check_run(config: Path, printed: str, steps: int) -> list[float]:
     output = Path(yaml.safe_load(config.read_text())["output_dir"])
     records = [json.loads(line) for line in (output / "trainer_log.jsonl").open()]
     losses = [record["loss"] for record in records if "loss" in record]
-    assert len(losses) == 20
+    assert len(losses) == steps
     for name in ("model.safetensors.index.json", "training_loss.png", "config.json"):
         assert (output / name).exists(), name
-    assert (output / "checkpoint-20/COMMITTED").exists()
+    assert (output / f"checkpoint-{steps}/COMMITTED").exists()
     assert "only the ZeRO stage of the name ds_z2_config.json (no such file)" in printed
     return losses
 
@@ -109,11 +110,12 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_4b_file_trains_on_two_processes(work: Path) -> None:
+@steps_of_the_run
+def test_the_4b_file_trains_on_two_processes(work: Path, steps: int) -> None:
     config = write_config(FILES[0], work, work / "cache/tokens")
-    printed = launch(2, config, work)
-    losses = check_run(config, printed)
-    # 20 steps of the guide's 1e-5 move the loss less than its noise; what they do to weights shows.
+    printed = launch(2, config, work, steps)
+    losses = check_run(config, printed, steps)
+    # A few steps of 1e-5 move the loss less than its noise; what they do to weights shows.
     assert all(0 < loss < 100 for loss in losses)
     before, after = (exported(folder) for folder in (work / "model", work / "saves" / FILES[0]))
     matrices = [name for name in before if name.endswith("proj.weight")]
@@ -125,7 +127,8 @@ def test_the_4b_file_trains_on_two_processes(work: Path) -> None:
     assert (work / "cache/tokens.bin").exists()
 
 
-def test_the_8b_file_trains_on_a_cache_that_llamafactory_wrote(work: Path) -> None:
+@steps_of_the_run
+def test_the_8b_file_trains_on_a_cache_that_llamafactory_wrote(work: Path, steps: int) -> None:
     tokenizer = load_tokenizer(work / "model")
     documents = []
     for line in (work / "data/open_r1_math.jsonl").read_text().splitlines():
@@ -139,8 +142,8 @@ def test_the_8b_file_trains_on_a_cache_that_llamafactory_wrote(work: Path) -> No
     rows = [packed_row([each], CUTOFF, 4, tokenizer.pad_token_id) for each in documents]
     cache = write_cache(work / "tokenized_data", rows, files=3, validation=True)
     config = write_config(FILES[1], work, cache)
-    printed = launch(1, config, work)
-    check_run(config, printed)
+    printed = launch(1, config, work, steps)
+    check_run(config, printed, steps)
     assert "exactly its documents are trained" in printed
     assert f"the validation split of {cache} is not read" in printed
     assert re.search(rf"^documents +{len(documents)}$", printed, re.MULTILINE)
