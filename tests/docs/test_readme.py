@@ -26,6 +26,8 @@ from megatron_sdar.checkpoint.run_directory import read_marker
 MAKE_TEST = "make test"
 COMMANDS = commands_of(ROOT / "README.md")
 RUN = [command for command in COMMANDS if command not in (MAKE_TEST, ACTIVATE)]
+# tests/unit run these two in a shorter form.
+SLOW = ("tools/benchmark.py attention", "tools/benchmark.py step")
 
 
 def test_the_first_commands_are_demo_and_test() -> None:
@@ -54,7 +56,17 @@ def test_every_command_has_its_own_effect() -> None:
     assert sorted(found) == sorted([key] for key in EFFECTS), found
 
 
-@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:60])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            command,
+            id=command[:60],
+            marks=pytest.mark.slow if any(key in command for key in SLOW) else (),
+        )
+        for command in RUN
+    ],
+)
 def test_command_runs_and_has_its_effect(
     command: str, checkout: Path, installed: bool, made_demo: Result
 ) -> None:
