@@ -20,6 +20,7 @@ from unit.tool_runs import run_tool
 from megatron_sdar.architecture import load_architecture
 from megatron_sdar.checkpoint.checksums import FileRecord, file_record
 from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
+from megatron_sdar.checkpoint.run_lock import RUN_LOCK_NAME
 from megatron_sdar.data.demo import make_demo_data
 
 
@@ -122,6 +123,8 @@ def make_workplace(root: Path) -> Workplace:
     _run("pretrain", [place.config("run").name], root)
     lora = {"finetuning_type": "lora", "lora_rank": 2}
     _run("pretrain", [place.config("lora", **lora).name], root)
+    for name in ("run", "lora"):
+        (root / name / RUN_LOCK_NAME).unlink()  # written in place, hence through copies' links
     place.config("again", overwrite_output_dir=True)
     state = json.loads((root / "run/checkpoint-1/trainer_state.json").read_text())
     record = {
