@@ -19,8 +19,8 @@ from unit.tool_runs import run_tool
 
 from megatron_sdar.architecture import load_architecture
 from megatron_sdar.checkpoint.checksums import FileRecord, file_record
-from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
 from megatron_sdar.checkpoint.run_lock import RUN_LOCK_NAME
+from megatron_sdar.checkpoint.tensor_names import model_tensor_shapes
 from megatron_sdar.data.demo import make_demo_data
 
 
