@@ -33,7 +33,10 @@ class Workplace:
     def copy(self, to: Path) -> Workplace:
         """The same in another folder. Files are shared with this one until `spoil` parts them."""
         shutil.copytree(self.root, to, copy_function=os.link)
-        return Workplace(to)
+        copy = Workplace(to)
+        for path in self.root.glob(f"*/{RUN_LOCK_NAME}"):  # written in place
+            copy.spoil(str(path.relative_to(self.root)), path.read_bytes())
+        return copy
 
     def spoil(self, name: str, content: bytes) -> Path:
         """Replace a file of the copy only."""
@@ -123,8 +126,6 @@ def make_workplace(root: Path) -> Workplace:
     _run("pretrain", [place.config("run").name], root)
     lora = {"finetuning_type": "lora", "lora_rank": 2}
     _run("pretrain", [place.config("lora", **lora).name], root)
-    for name in ("run", "lora"):
-        (root / name / RUN_LOCK_NAME).unlink()  # written in place, hence through copies' links
     place.config("again", overwrite_output_dir=True)
     state = json.loads((root / "run/checkpoint-1/trainer_state.json").read_text())
     record = {
