@@ -27,6 +27,7 @@ from megatron_sdar.checkpoint.page_cache import forget_pages
 from megatron_sdar.regular_files import check_regular
 
 BLOCK_BYTES = 8 * 2**20
+_NAME_BYTES = 255  # of a file, on the file systems in use
 _FORGET_BYTES = 2**20  # less is not worth a call; what shares pages with it is read next anyway
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -91,9 +92,11 @@ def contained_file(directory: Path, name: str) -> Path:
     Links may point inside the directory, or from a snapshot of the Hugging Face cache to the
     blobs beside it; ValueError for any other way out of the directory.
     """
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+    is_plain = name not in ("", ".", "..") and Path(name).name == name and "\\" not in name
+    if not is_plain or len(name.encode(errors="replace")) > _NAME_BYTES:
         raise ValueError(
-            f"{directory}: {name!r} is not a plain file name; every file must lie in the directory"
+            f"{directory}: {name[:_NAME_BYTES]!r} is not a plain file name of at most "
+            f"{_NAME_BYTES} bytes; every file must lie in the directory"
         )
     root = directory.resolve()
     target = (directory / name).resolve()

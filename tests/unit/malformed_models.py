@@ -50,6 +50,12 @@ _FILES: list[Case] = [
     ("index deep", _INDEX, b"[" * 200_000, "not valid JSON"),
     ("index list", _INDEX, b"[]", "expected a JSON object"),
     ("index without map", _INDEX, b"{}", "weight_map must be"),
+    (
+        "index of a long name",
+        _INDEX,
+        b'{"weight_map": {"a": "' + b"x" * 100_000 + b'"}}',
+        r"x' is not a plain file name of at most 255 bytes",
+    ),
     ("index of numbers", _INDEX, b'{"weight_map": {"a": 5}}', "weight_map must be"),
     ("index of lists", _INDEX, b'{"weight_map": {"a": ["b"]}}', "weight_map must be"),
     *(
