@@ -67,9 +67,7 @@ class Outcome:
         if "MemoryError" in self.text:
             return f"out of memory: {self.text[-1500:]}"
         errors = re.findall(r"(?:rank \d+: )?error: .*", self.stderr) or [self.stdout]
-        if not any(words) or any(re.search(word, self.text) for word in words):
-            pass
-        else:
+        if any(words) and not any(re.search(word, self.text) for word in words):
             return f"says nothing of {words}: {errors}"
         if len(self.stderr) > _LONGEST_MESSAGE:
             return f"{len(self.stderr)} characters: {self.stderr[:500]}"
