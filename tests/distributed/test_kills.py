@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megatron_sdar.data.demo import make_demo_data
 
 RANKS = 2
 SAVED = 3  # save_steps
+PATIENCE = 300.0
 
 
 @dataclass
@@ -49,7 +51,8 @@ def test_killed_runs_end_like_others(tmp_path: Path, kills: int, steps: int) -> 
     )  # fmt: skip
     whole = TorchRun(RANKS, keys, tmp_path / "whole")
     assert whole.end(600) == 0, whole.text
-    tally = run_with_kills(keys, tmp_path / "killed", kills, random.Random(kills))
+    spread = [SAVED + 1 + int(0.8 * steps * number / kills) for number in range(kills)]
+    tally = run_with_kills(keys, tmp_path / "killed", spread, random.Random(kills))
     print(f"{kills} kills: {tally.unusable} unusable checkpoints")
     for line in tally.kills:
         print("  ", line)
@@ -61,21 +64,19 @@ def test_killed_runs_end_like_others(tmp_path: Path, kills: int, steps: int) -> 
 
 
 def run_with_kills(
-    keys: dict[str, object], output: Path, kills: int, chance: random.Random
+    keys: dict[str, object], output: Path, steps: list[int], chance: random.Random
 ) -> Tally:
-    """Kill a run so many times, then let it end."""
+    """Kill a run so many times, every second time behind that step, then let it end."""
     tally = Tally([], [])
-    victims = [number % (RANKS + 1) for number in range(kills)]
+    victims = [number % (RANKS + 1) for number in range(len(steps))]
     chance.shuffle(victims)
     run, seen = start(keys, output), 0
     try:
         for number, victim in enumerate(victims):
-            if number == 0:
-                wait_for(run, "^step ", SAVED + 1)  # so that something is resumed
-            elif number % 2:
+            if number % 2:
                 time.sleep(chance.uniform(0.5, 5.0))  # while it starts, as a rule
             else:
-                wait_for(run, "^step ", 1 + len(re.findall("^step ", run.text, re.M)))
+                wait_for_step(run, steps[number])
                 time.sleep(chance.uniform(0.0, 2.0))
             assert run.process.poll() is None, f"over before all kills, or failed:\n{run.text}"
             ranks = run.ranks()
@@ -114,8 +115,17 @@ def wait_until_gone(run: TorchRun, processes: set[int]) -> None:
 
 def wait_for(run: TorchRun, pattern: str, number: int) -> None:
     """Until the run has said this so many times."""
-    deadline = time.monotonic() + 120
-    while len(re.findall(pattern, run.text, re.M)) < number:
+    wait_until(run, lambda: len(re.findall(pattern, run.text, re.M)) >= number)
+
+
+def wait_for_step(run: TorchRun, step: int) -> None:
+    """Until the last step that the run has said is this one or a later one."""
+    wait_until(run, lambda: int(re.findall(r"^step +(\d+)/|\A", run.text, re.M)[-1] or 0) >= step)
+
+
+def wait_until(run: TorchRun, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
         assert time.monotonic() < deadline, run.text
         assert run.process.poll() is None, run.text
         time.sleep(0.05)
