@@ -55,8 +55,15 @@ demo: $(READY)  ## data, tokenizer, training on 4 processes, generation: about 9
 	@echo 'demo/output/                  the trained model, training_loss.png, checkpoints'
 	@echo 'configs/tiny_cpu.yaml         what to change next'
 
+# Tests of one process run side by side, then those that start ranks or watch the clock. pytest
+# exits with 5 where PYTEST_ARGS leave one of the two without a test.
+QUICK := not slow and not backends and not torture
 test: $(READY)  ## every test but the slow ones
-	$(PY) -m pytest -m 'not slow and not backends and not torture' $(PYTEST_ARGS)
+	@side_by_side=0; alone=0; \
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal \
+	    -m '$(QUICK) and not alone' $(PYTEST_ARGS) || side_by_side=$$?; \
+	$(PY) -m pytest -m '$(QUICK) and alone' $(PYTEST_ARGS) || alone=$$?; \
+	case "$$side_by_side $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 test-slow: $(READY)  ## the longer proofs
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)

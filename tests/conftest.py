@@ -18,6 +18,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in folders of whole runs need the machine for themselves."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").parts[0] in ("distributed", "docs"):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Test tensors are small: on a busy machine a second thread only waits.

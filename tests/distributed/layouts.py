@@ -135,15 +135,12 @@ LAYOUTS = [
 ]
 # torch has no compiled FlexAttention backward on CPU; see unit.flex_on_cpu.
 FLEX = [
-    Layout("one_process_flex", backend="flex"),
     Layout("one_process_flex_recompute_tied", backend="flex", recompute="full", tied=True),
     Layout("tp2_sp_flex", tp=2, sequence_parallel=True, backend="flex"),
     Layout("pp2_ragged_flex", pp=2, ragged=True, backend="flex"),
-    Layout("dp2_zero3_flex", dp=2, strategy="optim_grads_params", backend="flex"),
 ]
 # Attention and every fused kernel, in Triton's interpreter.
 TRITON = [
-    Layout("one_process_triton", backend="triton", fused="triton"),
     Layout("tp2_sp_triton", tp=2, sequence_parallel=True, backend="triton", fused="triton"),
 ]
 # Every layout of the list with each backend: a proof of half an hour.

@@ -22,7 +22,7 @@ from distributed.torchrun import TorchRun
 
 from megatron_sdar.data.demo import make_demo_data
 
-STEPS, TIMEOUT = 120, 12
+STEPS, TIMEOUT = 40, 12
 ADDRESSES = ("10.99.7.1", "10.99.7.2")
 
 
@@ -120,7 +120,7 @@ class Node:
 def test_a_cut_link_ends_both_sides_and_a_mended_one_goes_on(tmp_path: Path, cable: Cable) -> None:
     make_demo_data(tmp_path, 120)
     keys = settings(
-        tmp_path, fp64=False, max_steps=STEPS, save_steps=5, eval_steps=50, save_total_limit=3,
+        tmp_path, fp64=False, max_steps=STEPS, save_steps=5, eval_steps=20, save_total_limit=3,
         logging_steps=5,
     )  # fmt: skip
     whole = TorchRun(2, keys, tmp_path / "whole")

@@ -27,7 +27,7 @@ MAKE_TEST = "make test"
 COMMANDS = commands_of(ROOT / "README.md")
 RUN = [command for command in COMMANDS if command not in (MAKE_TEST, ACTIVATE)]
 # tests/unit run these two in a shorter form.
-SLOW = ("tools/benchmark.py attention", "tools/benchmark.py step")
+SLOW = tuple(f"tools/benchmark.py {name}" for name in ("attention", "step", "convert"))
 
 
 def test_the_first_commands_are_demo_and_test() -> None:
@@ -37,7 +37,8 @@ def test_the_first_commands_are_demo_and_test() -> None:
 def test_make_test_is_pytest(checkout: Path) -> None:
     result = run(f"{MAKE_TEST} --dry-run PYTHON={sys.executable}", checkout)
     assert result.returncode == 0, result.stderr
-    assert "-m pytest -m 'not slow and not backends and not torture'" in result.stdout
+    for which in ("not alone", "alone"):
+        assert f"-m 'not slow and not backends and not torture and {which}'" in result.stdout
 
 
 def test_make_makes_what_is_activated_before_it_is_needed(checkout: Path) -> None:

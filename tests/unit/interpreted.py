@@ -12,12 +12,17 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interpreted(name: str) -> None:
-    """Run tests/unit/NAME; its failures fail the caller, and so does a file without tests."""
+def run_interpreted(name: str, marked: str = "not backends") -> None:
+    """Run tests/unit/NAME; its failures fail the caller, and so does a file without tests.
+
+    Args:
+        name: of the file.
+        marked: which of its tests, as pytest's -m has it.
+    """
     run = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
-            str(_ROOT / "tests" / "unit" / name),
+            "-m", marked, str(_ROOT / "tests" / "unit" / name),
         ],
         cwd=_ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -45,6 +45,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     return figures, done.stdout, folder / "step.png"
 
 
+@pytest.mark.slow
 def test_every_figure_is_there_and_positive(quick: tuple[dict[str, Any], str, Path]) -> None:
     figures, _, plot = quick
     assert tuple(figures)[: len(RATIOS)] == RATIOS
@@ -52,6 +53,7 @@ def test_every_figure_is_there_and_positive(quick: tuple[dict[str, Any], str, Pa
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_all_forms_trained_on_the_same_loss(quick: tuple[dict[str, Any], str, Path]) -> None:
     forms = {form["form"]: form for form in quick[0]["forms"]}
     assert list(forms) == [PEER, PAPER, EXACT, EXACT_BF16]
@@ -65,6 +67,7 @@ def test_all_forms_trained_on_the_same_loss(quick: tuple[dict[str, Any], str, Pa
     assert forms[EXACT]["flops"] < forms[PAPER]["flops"] < forms[PEER]["flops"]
 
 
+@pytest.mark.slow
 def test_the_denominators_are_printed(quick: tuple[dict[str, Any], str, Path]) -> None:
     _, printed, _ = quick
     for words in (*RATIOS, "answer tokens/s:", "floor:", "memory:", "cpu ratio:", "M parameters"):

@@ -28,6 +28,11 @@ def test_the_kernels_in_the_interpreter() -> None:
     run_interpreted("interpreted_attention.py")
 
 
+@pytest.mark.backends
+def test_the_kernels_in_the_interpreter_on_many_more_rows() -> None:
+    run_interpreted("interpreted_attention.py", "backends")
+
+
 def test_triton_on_cpu_is_refused_with_the_reason() -> None:
     message = "triton cannot be used here: triton needs a GPU, the device is cpu"
     with pytest.raises(ValueError, match=message):

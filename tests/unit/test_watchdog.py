@@ -17,6 +17,8 @@ from megatron_sdar.parallel.hang_report import RankState, missing_ranks
 from megatron_sdar.parallel.watchdog import StalledError, Watchdog
 from megatron_sdar.training.stall_watch import watchdog_timeout
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT = 0.6
 # A function that the watchdog takes for one of torch.distributed's, by its file.
 SCOPE: dict[str, Callable[..., None]] = {}
