@@ -98,14 +98,9 @@ def test_triton_equals_oracle_in_every_layout(layout: Layout, every_triton: Path
 
 
 @needs_triton
+@pytest.mark.backends
 @pytest.mark.usefixtures("single_process")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "keys_miss_a_run" else pytest.mark.backends)
-        for name in KERNEL_MUTANTS
-    ],
-)
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
 def test_kernel_mutant_is_caught(name: str, tmp_path: Path) -> None:
     layout = KERNEL_MUTANTS[name][1]
     run_world(1, [(run_mutant, (name, tmp_path))], tmp_path, INTERPRETER)

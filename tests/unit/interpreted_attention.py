@@ -93,7 +93,7 @@ def _seeds(number: int, quick: Container[int]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("seed", _seeds(100, range(15)))
+@pytest.mark.parametrize("seed", _seeds(100, range(10)))
 def test_random_packings_in_fp32(seed: int) -> None:
     """Ragged ends, dropped blocks, one-token documents, 1 to 3 views, T not a tile multiple."""
     block = (1, 4, 3, 8, 16, 7)[seed % 6]
@@ -109,7 +109,7 @@ def test_random_packings_in_fp64(seed: int) -> None:
     assert max(found.values()) < 1e-12, found
 
 
-@pytest.mark.parametrize("seed", _seeds(6, (1, 5)))
+@pytest.mark.parametrize("seed", _seeds(6, (1,)))
 def test_any_two_ranges(seed: int) -> None:
     """Nothing of a block-diffusion row is assumed: any two ranges per query, in any order."""
     mask = AttentionMask.build(random_intervals(seed, 50 + seed))
@@ -117,7 +117,7 @@ def test_any_two_ranges(seed: int) -> None:
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize("seed", _seeds(8, (0, 1, 2, 5, 6)))
+@pytest.mark.parametrize("seed", _seeds(8, (0, 1, 5, 6)))
 def test_some_of_the_queries(seed: int) -> None:
     """One, all, some and repeated ones of a row's queries, over all of its keys."""
     block = (1, 4)[seed // 4]
