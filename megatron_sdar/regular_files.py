@@ -69,7 +69,11 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
 
 def shown(value: object) -> str:
     """A value of such a file in a message: its repr, cut where it would fill the screen."""
-    text = repr(value)
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """What a library says of such a file, without what it quotes of it at length."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

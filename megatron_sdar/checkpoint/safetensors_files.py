@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_sdar.checkpoint.checksums import Checksum
 from megatron_sdar.checkpoint.io_threads import Flusher
 from megatron_sdar.checkpoint.page_cache import forget_pages
-from megatron_sdar.regular_files import check_regular
+from megatron_sdar.regular_files import check_regular, cut
 
 BLOCK_BYTES = 8 * 2**20
 _NAME_BYTES = 255  # of a file, on the file systems in use
@@ -150,7 +150,7 @@ class SafetensorsReader:
                 f"{path}: cannot map its {path.stat().st_size} bytes; see `ulimit -v`"
             ) from error
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+            raise ValueError(f"{path}: not a whole safetensors file: {cut(str(error))}") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.tensors: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}

@@ -68,6 +68,7 @@ _FILES: list[Case] = [
     ("header of 2^64", _SHARD, _header({}, 2**64 - 1), "not a whole"),
     ("header of 2^40", _SHARD, _header({}, 2**40), "not a whole"),
     ("header past the end", _SHARD, _header({}, 50), "not a whole"),
+    ("header of a long text", _SHARD, _header({"a": "1" * 100_000}), "not a whole"),
     ("header not JSON", _SHARD, _header(b"pickle!!"), "not a whole"),
     ("header deep", _SHARD, _header(b"[" * 100_000), "not a whole"),
     ("header list", _SHARD, _header([]), "not a whole"),
