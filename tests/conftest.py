@@ -20,8 +20,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in folders of whole runs need the machine for themselves."""
+    folders = [ROOT / "tests" / name for name in ("distributed", "docs")]
     for item in items:
-        if item.path.relative_to(ROOT / "tests").parts[0] in ("distributed", "docs"):
+        if any(item.path.is_relative_to(folder) for folder in folders):
             item.add_marker(pytest.mark.alone)
 
 

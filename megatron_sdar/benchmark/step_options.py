@@ -92,7 +92,7 @@ class StepOptions:
             gemm_size=128,
             max_documents=100,
             parallel_rows=2,
-            parallel_rounds=1,
+            parallel_rounds=min(self.parallel_rounds, 1),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ MAKE_TEST = "make test"
 COMMANDS = commands_of(ROOT / "README.md")
 RUN = [command for command in COMMANDS if command not in (MAKE_TEST, ACTIVATE)]
 # tests/unit run these two in a shorter form.
-SLOW = tuple(f"tools/benchmark.py {name}" for name in ("attention", "step", "convert"))
+SLOW = ("tools/benchmark.py attention", "tools/benchmark.py step")
 
 
 def test_the_first_commands_are_demo_and_test() -> None:
