@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 # Elements per thread that are worked on together; measured, see rms_norm.
-_TILE_ELEMENTS = 1 << 18
+_TILE_ELEMENTS = 1 << 19
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str = "torch") -> Tensor:
@@ -47,7 +46,8 @@ class _Swiglu(torch.autograd.Function):
         flat_gate, flat_up = gate.reshape(-1), up.reshape(-1)
         out = torch.empty_like(flat_gate)
         for tile in _tiles(out):
-            torch.mul(F.silu(flat_gate[tile]), flat_up[tile], out=out[tile])
+            part = torch.ops.aten.silu.out(flat_gate[tile], out=out[tile])
+            part.mul_(flat_up[tile])
         return out.view(gate.shape)
 
     @staticmethod
@@ -57,8 +57,7 @@ class _Swiglu(torch.autograd.Function):
         shape, grad = grad.shape, grad.reshape(-1)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for tile in _tiles(grad):
-            torch.mul(F.silu(gate[tile]), grad[tile], out=grad_up[tile])
-            torch.ops.aten.silu_backward.grad_input(
-                grad[tile] * up[tile], gate[tile], grad_input=grad_gate[tile]
-            )
+            torch.ops.aten.silu.out(gate[tile], out=grad_up[tile]).mul_(grad[tile])
+            product = torch.mul(grad[tile], up[tile], out=grad_gate[tile])
+            torch.ops.aten.silu_backward.grad_input(product, gate[tile], grad_input=product)
         return grad_gate.view(shape), grad_up.view(shape)

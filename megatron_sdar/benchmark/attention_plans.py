@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sdar_kernels import tile_groups
+from sdar_kernels import tile_plan
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.flex_attention import FLEX_BLOCK, interval_mask_mod, make_block_mask
 from sdar_kernels.head_layout import HeadLayout
@@ -72,7 +72,7 @@ def plan_figures(
     """Waste of our plans on one row of these documents."""
     mask = AttentionMask.build(document_intervals(lengths, block_length))
     triton = max(triton_waste(mask, heads) for heads in layouts)
-    return PlanFigures(tile_groups.waste(mask), triton)
+    return PlanFigures(tile_plan.waste(mask), triton)
 
 
 def triton_waste(mask: AttentionMask, heads: HeadLayout) -> float:

@@ -1,0 +1,291 @@
+"""Buffers of tiled attention, and the views of them that every tile computes with.
+
+All layers of a micro-batch run the same tiles, so the views are made once for all of them: the
+tiles are small, and making a view takes as long as some of the sums. A workspace belongs to one
+plan and one thread; nothing in it outlives a call.
+
+Shape legend: b entries of a batch (documents or blocks, times key heads), r queries of an entry
+times G query heads of a key head, w keys, H head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.key_gradient import KeyGradient
+from sdar_kernels.tile_groups import TileSizes
+from sdar_kernels.tile_plan import KeySet, Piece, QueryTile, Section, TilePlan, make_tile_plan
+
+# Up to this many keys a product with transposed probabilities is as fast as any; beyond, MKL
+# takes 1.4 times as long, unless the transpose of the product is computed.
+_FEW_KEYS = 256
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceViews:
+    """What one piece of a tile reads and writes.
+
+    Attributes:
+        queries, results: [b, r, H]; results holds the output, in backward first its gradient and
+            then that of the queries.
+        keys, values, keys_t, values_t: [b, w, H] and transposed.
+        hidden: what is added to the scores of the last keys, [b, queries, 1, masked]; or None.
+        scores: [b, r, w]; None if they are kept for backward.
+        shape: of the scores.
+        grad_scores: [b, r, w].
+        top, largest: largest score and probability of every row, [b, r].
+        delta: [b, r, 1].
+        sum_keys, sum_values: their gradients.
+    """
+
+    queries: Tensor
+    results: Tensor
+    keys: Tensor
+    keys_t: Tensor
+    values: Tensor
+    values_t: Tensor
+    hidden: Tensor | None
+    scores: Tensor | None
+    shape: tuple[int, int, int]
+    grad_scores: Tensor
+    top: Tensor
+    largest: Tensor
+    delta: Tensor
+    sum_keys: KeyGradient
+    sum_values: KeyGradient
+
+
+@dataclass(frozen=True, slots=True)
+class SectionViews:
+    """A section's buffers; rows, first and second as in `Section`.
+
+    Attributes:
+        queries, results: [rows, G * H]; padded: results with one row to spare.
+        keys, values: [key rows, H].
+        sum_keys, sum_values: [key rows + 1, H].
+        second: [rows of second ranges, G * H] of results; partners: for as many rows.
+        lse: [rows + 1, G]; top, largest, delta: [rows, G].
+        turned: (sums [batch, extent, H], what to copy into them, [batch, H, extent] transposed).
+        pieces: in order.
+    """
+
+    section: Section
+    queries: Tensor
+    results: Tensor
+    padded: Tensor
+    keys: Tensor
+    values: Tensor
+    sum_keys: Tensor
+    sum_values: Tensor
+    second: Tensor
+    partners: Tensor
+    lse: Tensor
+    top: Tensor
+    largest: Tensor
+    delta: Tensor
+    turned: tuple[tuple[Tensor, Tensor], ...]
+    pieces: tuple[PieceViews, ...]
+
+
+class TileWorkspace:
+    """The buffers of one plan.
+
+    Attributes:
+        plan: it.
+        kept_sizes: elements that each piece with kept probabilities keeps, in order.
+        buffers: flat, by name.
+        sections: the views.
+    """
+
+    def __init__(
+        self, plan: TilePlan, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self._groups, self._head_dim, self._dtype = groups, head_dim, dtype
+        self._device = device
+        self.buffers: dict[str, Tensor] = {}
+        self._allocate()
+        self.sections = tuple(self._section(section) for section in plan.sections)
+        self.kept_sizes = [
+            prod(piece.shape)
+            for section in self.sections
+            for piece in section.pieces
+            if piece.scores is None
+        ]
+
+    def _allocate(self) -> None:
+        """Every buffer as large as its largest use: fresh memory costs page faults."""
+        rows = max(section.num_rows for section in self.plan.sections)
+        second = max(section.partner.numel() for section in self.plan.sections)
+        keys = max(section.keys.numel() for section in self.plan.sections)
+        scores = grad_scores = part = turned = 0
+        for section in self.plan.sections:
+            transposed = 0
+            for tile in section.tiles:
+                for piece in tile.pieces:
+                    size = (piece.last - piece.first) * self._groups * tile.width
+                    grad_scores = max(grad_scores, size)
+                    scores = max(scores, 0 if tile.kept else size)
+                    part = max(part, (piece.end - piece.start) * tile.width)
+                if tile.pieces[0].fresh and tile.keys.extent > _FEW_KEYS:
+                    transposed += tile.keys.batch * tile.keys.extent
+            turned = max(turned, transposed)
+        columns, sums = self._groups * self._head_dim, wide(self._dtype)
+        sizes = {
+            "queries": (rows * columns, self._dtype),
+            "results": ((rows + 1) * columns, self._dtype),
+            "partners": (second * columns, self._dtype),
+            "keys": (keys * self._head_dim, self._dtype),
+            "values": (keys * self._head_dim, self._dtype),
+            "sum_keys": ((keys + 1) * self._head_dim, sums),
+            "sum_values": ((keys + 1) * self._head_dim, sums),
+            "turned_keys": (turned * self._head_dim, sums),
+            "turned_values": (turned * self._head_dim, sums),
+            "part": (part * self._head_dim, self._dtype),
+            "scores": (scores, self._dtype),
+            "grad_scores": (grad_scores, self._dtype),
+            "lse": ((rows + 1) * self._groups, sums),
+            "top": (rows * self._groups, sums),
+            "largest": (rows * self._groups, sums),
+            "delta": (rows * self._groups, self._dtype),
+        }
+        for name, (size, dtype) in sizes.items():
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
+
+    def _view(self, name: str, *shape: int, at: int = 0) -> Tensor:
+        return self.buffers[name][at : at + prod(shape)].view(shape)
+
+    def _section(self, section: Section) -> SectionViews:
+        rows, num_keys = section.num_rows, section.keys.numel()
+        columns, num_second = self._groups * self._head_dim, section.partner.numel()
+        padded = self._view("results", rows + 1, columns)
+        results = padded[:rows]
+        keys, values = (self._view(name, num_keys, self._head_dim) for name in ("keys", "values"))
+        sum_keys, sum_values = (
+            self._view(name, num_keys + 1, self._head_dim) for name in ("sum_keys", "sum_values")
+        )
+        turned: list[tuple[Tensor, Tensor]] = []
+        targets: dict[KeySet, tuple[Tensor, Tensor]] = {}
+        used = 0
+        for key_set in dict.fromkeys(tile.keys for tile in section.tiles):
+            shape = (key_set.batch, key_set.extent, self._head_dim)
+            start, size = key_set.start, key_set.batch * key_set.extent
+            sums = tuple(
+                total[start : start + size].view(shape) for total in (sum_keys, sum_values)
+            )
+            if key_set.extent > _FEW_KEYS:
+                across = (shape[0], shape[2], shape[1])
+                at = used * self._head_dim
+                used += size
+                others = tuple(
+                    self._view(name, *across, at=at) for name in ("turned_keys", "turned_values")
+                )
+                turned += [(a, b.transpose(1, 2)) for a, b in zip(sums, others, strict=True)]
+                sums = others
+            targets[key_set] = (sums[0], sums[1])
+        return SectionViews(
+            section,
+            queries=self._view("queries", rows, columns),
+            results=results,
+            padded=padded,
+            keys=keys,
+            values=values,
+            sum_keys=sum_keys,
+            sum_values=sum_values,
+            second=results[section.num_first :],
+            partners=self._view("partners", num_second, columns),
+            lse=self._view("lse", rows + 1, self._groups),
+            top=self._view("top", rows, self._groups),
+            largest=self._view("largest", rows, self._groups),
+            delta=self._view("delta", rows, self._groups),
+            turned=tuple(turned),
+            pieces=tuple(
+                self._piece(tile, piece, targets[tile.keys], hidden)
+                for tile in section.tiles
+                for hidden in [self._hidden(tile)]
+                for piece in tile.pieces
+            ),
+        )
+
+    def _hidden(self, tile: QueryTile) -> Tensor | None:
+        """[batch * num_tokens, 1, masked]: 0 for keys that are seen, then -inf."""
+        if tile.seen is None:
+            return None
+        seen = torch.from_numpy(tile.seen).to(self._device)[:, None, None]
+        columns = torch.arange(tile.masked, device=self._device)
+        zeros = torch.zeros(1, dtype=self._dtype, device=self._device)
+        return zeros.masked_fill(columns >= seen, float("-inf"))
+
+    def _piece(
+        self, tile: QueryTile, piece: Piece, sums: tuple[Tensor, Tensor], hidden: Tensor | None
+    ) -> PieceViews:
+        batch, rows = piece.end - piece.start, piece.last - piece.first
+        each = rows // batch * self._groups
+        start = tile.start + piece.first
+        first_key = tile.keys.start + piece.start * tile.keys.extent
+
+        def queries(name: str) -> Tensor:
+            columns = self._groups * self._head_dim
+            return self._view(name, batch, each, self._head_dim, at=start * columns)
+
+        def keys(name: str) -> Tensor:
+            shape = (batch, tile.keys.extent, self._head_dim)
+            return self._view(name, *shape, at=first_key * self._head_dim)[:, : tile.width]
+
+        def per_row(name: str) -> Tensor:
+            return self._view(name, batch, each, at=start * self._groups)
+
+        def gradient(total: Tensor) -> KeyGradient:
+            transposed = tile.keys.extent > _FEW_KEYS
+            mine = total[piece.start : piece.end]
+            mine = mine[..., : tile.width] if transposed else mine[:, : tile.width]
+            direct = mine.dtype == self._dtype and (mine.is_contiguous() or batch == 1)
+            part = None if direct else self._view("part", *mine.shape)
+            return KeyGradient(mine, part, transposed, piece.fresh)
+
+        shape = (batch, each, tile.width)
+        keys_view, values_view = keys("keys"), keys("values")
+        if hidden is not None:
+            hidden = hidden[piece.first : piece.last].view(batch, -1, 1, tile.masked)
+        return PieceViews(
+            queries=queries("queries"),
+            results=queries("results"),
+            keys=keys_view,
+            keys_t=keys_view.transpose(1, 2),
+            values=values_view,
+            values_t=values_view.transpose(1, 2),
+            hidden=hidden,
+            scores=None if tile.kept else self._view("scores", *shape),
+            shape=shape,
+            grad_scores=self._view("grad_scores", *shape),
+            top=per_row("top"),
+            largest=per_row("largest"),
+            delta=per_row("delta").unsqueeze(-1),
+            sum_keys=gradient(sums[0]),
+            sum_values=gradient(sums[1]),
+        )
+
+
+def make_workspace(
+    mask: AttentionMask,
+    num_kv_heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    sizes: TileSizes,
+) -> TileWorkspace:
+    """For q [T, K * groups, head_dim]; plans are shared by head dims and dtypes."""
+    plan = mask.plan(make_tile_plan, num_kv_heads, sizes, groups)
+    # The workspace serves inference and training: tensors made in inference mode would not.
+    with torch.inference_mode(False), torch.no_grad():
+        return TileWorkspace(plan, groups, head_dim, dtype, mask.key_intervals.device)
