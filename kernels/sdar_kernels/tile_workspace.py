@@ -162,8 +162,13 @@ class TileWorkspace:
         for name, (size, dtype) in sizes.items():
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
 
-    def _view(self, name: str, *shape: int, at: int = 0) -> Tensor:
-        return self.buffers[name][at : at + prod(shape)].view(shape)
+    def _view(
+        self, name: str, *shape: int, at: int = 0, strides: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """From element `at` on, contiguous by default: one call, where slices would be several."""
+        if strides is None:
+            strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return self.buffers[name].as_strided(shape, strides, at)
 
     def _section(self, section: Section) -> SectionViews:
         rows, num_keys = section.num_rows, section.keys.numel()
@@ -175,24 +180,22 @@ class TileWorkspace:
             self._view(name, num_keys + 1, self._head_dim) for name in ("sum_keys", "sum_values")
         )
         turned: list[tuple[Tensor, Tensor]] = []
-        targets: dict[KeySet, tuple[Tensor, Tensor]] = {}
+        # Where the sums of a key set begin that are computed transposed.
+        places: dict[KeySet, int] = {}
         used = 0
         for key_set in dict.fromkeys(tile.keys for tile in section.tiles):
-            shape = (key_set.batch, key_set.extent, self._head_dim)
-            start, size = key_set.start, key_set.batch * key_set.extent
-            sums = tuple(
-                total[start : start + size].view(shape) for total in (sum_keys, sum_values)
-            )
             if key_set.extent > _FEW_KEYS:
-                across = (shape[0], shape[2], shape[1])
-                at = used * self._head_dim
-                used += size
-                others = tuple(
-                    self._view(name, *across, at=at) for name in ("turned_keys", "turned_values")
-                )
-                turned += [(a, b.transpose(1, 2)) for a, b in zip(sums, others, strict=True)]
-                sums = others
-            targets[key_set] = (sums[0], sums[1])
+                places[key_set] = used
+                shape = (key_set.batch, self._head_dim, key_set.extent)
+                for name in ("keys", "values"):
+                    target = self._view(
+                        f"sum_{name}",
+                        *(shape[0], shape[2], shape[1]),
+                        at=key_set.start * self._head_dim,
+                    )
+                    source = self._view(f"turned_{name}", *shape, at=used)
+                    turned.append((target, source.transpose(1, 2)))
+                used += prod(shape)
         return SectionViews(
             section,
             queries=self._view("queries", rows, columns),
@@ -210,7 +213,7 @@ class TileWorkspace:
             delta=self._view("delta", rows, self._groups),
             turned=tuple(turned),
             pieces=tuple(
-                self._piece(tile, piece, targets[tile.keys], hidden)
+                self._piece(tile, piece, places.get(tile.keys), hidden)
                 for tile in section.tiles
                 for hidden in [self._hidden(tile)]
                 for piece in tile.pieces
@@ -227,31 +230,34 @@ class TileWorkspace:
         return zeros.masked_fill(columns >= seen, float("-inf"))
 
     def _piece(
-        self, tile: QueryTile, piece: Piece, sums: tuple[Tensor, Tensor], hidden: Tensor | None
+        self, tile: QueryTile, piece: Piece, turned: int | None, hidden: Tensor | None
     ) -> PieceViews:
+        """The views of a piece; `turned` is where its key set's transposed sums begin, if any."""
         batch, rows = piece.end - piece.start, piece.last - piece.first
         each = rows // batch * self._groups
-        start = tile.start + piece.first
-        first_key = tile.keys.start + piece.start * tile.keys.extent
+        start = (tile.start + piece.first) * self._groups
+        extent, head_dim = tile.keys.extent, self._head_dim
+        first_key = (tile.keys.start + piece.start * extent) * head_dim
 
         def queries(name: str) -> Tensor:
-            columns = self._groups * self._head_dim
-            return self._view(name, batch, each, self._head_dim, at=start * columns)
+            return self._view(name, batch, each, head_dim, at=start * head_dim)
 
         def keys(name: str) -> Tensor:
-            shape = (batch, tile.keys.extent, self._head_dim)
-            return self._view(name, *shape, at=first_key * self._head_dim)[:, : tile.width]
+            strides = (extent * head_dim, head_dim, 1)
+            return self._view(name, batch, tile.width, head_dim, at=first_key, strides=strides)
 
-        def per_row(name: str) -> Tensor:
-            return self._view(name, batch, each, at=start * self._groups)
-
-        def gradient(total: Tensor) -> KeyGradient:
-            transposed = tile.keys.extent > _FEW_KEYS
-            mine = total[piece.start : piece.end]
-            mine = mine[..., : tile.width] if transposed else mine[:, : tile.width]
-            direct = mine.dtype == self._dtype and (mine.is_contiguous() or batch == 1)
-            part = None if direct else self._view("part", *mine.shape)
-            return KeyGradient(mine, part, transposed, piece.fresh)
+        def gradient(name: str) -> KeyGradient:
+            if turned is None:
+                total = keys(f"sum_{name}")
+            else:
+                strides = (extent * head_dim, extent, 1)
+                at = turned + piece.start * extent * head_dim
+                total = self._view(
+                    f"turned_{name}", batch, head_dim, tile.width, at=at, strides=strides
+                )
+            direct = total.dtype == self._dtype and (tile.width == extent or batch == 1)
+            part = None if direct else self._view("part", *total.shape)
+            return KeyGradient(total, part, turned is not None, piece.fresh)
 
         shape = (batch, each, tile.width)
         keys_view, values_view = keys("keys"), keys("values")
@@ -268,11 +274,11 @@ class TileWorkspace:
             scores=None if tile.kept else self._view("scores", *shape),
             shape=shape,
             grad_scores=self._view("grad_scores", *shape),
-            top=per_row("top"),
-            largest=per_row("largest"),
-            delta=per_row("delta").unsqueeze(-1),
-            sum_keys=gradient(sums[0]),
-            sum_values=gradient(sums[1]),
+            top=self._view("top", batch, each, at=start),
+            largest=self._view("largest", batch, each, at=start),
+            delta=self._view("delta", batch, each, 1, at=start),
+            sum_keys=gradient("keys"),
+            sum_values=gradient("values"),
         )
 
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from sdar_kernels.bf16_products import bf16_is_slow, bf16_slowdown
 
 from megatron_sdar.benchmark.step_clock import ProductRate, StepTime, time_step
 from megatron_sdar.benchmark.step_data import Corpus, Document
@@ -82,7 +83,7 @@ class StepFigures:
         forms: every form at every length.
         layouts: parallel overhead; empty if it is not measured.
         product_gflops: rate of the matrix product by dtype.
-        ratios: the figures with goals, see `_ratios`; then each layout's.
+        ratios: the figures with goals, see `_ratios`; then each layout's. None: not measured.
         cpu_speedups: answer tokens per CPU second of exact over those of the peer, by length.
             Far from the speedup by the clock: other programs took cores from one of the two.
         notes: what the figures are divided by, and other things a reader must know.
@@ -91,7 +92,7 @@ class StepFigures:
     forms: tuple[FormFigures, ...]
     layouts: tuple[LayoutFigures, ...]
     product_gflops: dict[str, float]
-    ratios: dict[str, float]
+    ratios: dict[str, float | None]
     cpu_speedups: dict[int, float]
     notes: tuple[str, ...]
 
@@ -140,17 +141,25 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> 
 def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[StepFigures]:
     """What is known of the forms, again and again; layouts are not measured here."""
     say("building the models")
-    own = {name: make_form(name, options, None) for name in FORMS if name != PEER}
+    slowdown = bf16_slowdown()
+    names = [name for name in FORMS if name != EXACT_BF16 or options.slow_bf16]
+    if not (options.slow_bf16 or bf16_is_slow(slowdown)):
+        names.append(EXACT_BF16)
+    own = {name: make_form(name, options, None) for name in names if name != PEER}
     first = own[PAPER]
     assert isinstance(first, OwnForm)
     peer = make_form(PEER, options, plain_weights(first.training))
     assert isinstance(peer, PeerForm)
     forms: dict[str, Form] = {PEER: peer, **own}
-    products = {
-        "float32": ProductRate(options.gemm_size, torch.float32),
-        "bfloat16": ProductRate(options.gemm_size, torch.bfloat16),
-    }
-    notes = tuple(step_notes(options, corpus, peer.num_parameters))
+    products = {"float32": ProductRate(options.gemm_size, torch.float32)}
+    notes = step_notes(options, corpus, peer.num_parameters)
+    if EXACT_BF16 in names:
+        products["bfloat16"] = ProductRate(options.gemm_size, torch.bfloat16)
+    else:
+        notes.append(
+            f"exact bf16 is left out: this CPU has no bf16 units, a product in bf16 takes "
+            f"{slowdown:.0f} times as long as one in fp32."
+        )
     done: list[_Timed] = []
     for length in options.lengths:
         for timed in _time_length(options, corpus.documents, length, forms, products, say):
@@ -158,7 +167,7 @@ def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[S
             known = [each.figures(rates) for each in [*done, *timed]]
             gflops = {name: rate / 1e9 for name, rate in rates.items()}
             yield StepFigures(
-                tuple(known), (), gflops, _ratios(known, rates), _cpu_speedups(known), notes
+                tuple(known), (), gflops, _ratios(known, rates), _cpu_speedups(known), tuple(notes)
             )
         done += timed
 
@@ -251,23 +260,25 @@ def _check_loss(name: str, loss: float, expected: float) -> None:
         )
 
 
-def _ratios(forms: Sequence[FormFigures], rates: Mapping[str, float]) -> dict[str, float]:
+def _ratios(forms: Sequence[FormFigures], rates: Mapping[str, float]) -> dict[str, float | None]:
     """The figures that have goals. Of one row length where none is named: the first."""
     by_name = {(each.length, each.form): each for each in forms}
     lengths = list(dict.fromkeys(each.length for each in forms))
-    speedups, memory = {}, {}
+    speedups: dict[str, float | None] = {}
+    memory: dict[str, float | None] = {}
     for length in lengths:
         peer, exact = by_name[length, PEER], by_name[length, EXACT]
         speedups[f"speedup_vs_peer_{length}"] = exact.answer_tokens_per_s / peer.answer_tokens_per_s
         if peer.memory is not None and exact.memory is not None:
             ratio = exact.memory.total_mb / peer.memory.total_mb
             memory[f"memory_vs_peer_{length}"] = ratio
-    paper, exact, bf16 = (by_name[lengths[0], name] for name in (PAPER, EXACT, EXACT_BF16))
+    paper, exact = by_name[lengths[0], PAPER], by_name[lengths[0], EXACT]
+    bf16 = by_name.get((lengths[0], EXACT_BF16))
     return {
         **speedups,
         "speedup_vs_paper_semantics": exact.answer_tokens_per_s / paper.answer_tokens_per_s,
         "floor_share_fp32": exact.flops / rates["float32"] / exact.seconds,
-        "floor_share_bf16": bf16.flops / rates["bfloat16"] / bf16.seconds,
+        "floor_share_bf16": None if bf16 is None else bf16.flops / rates["bfloat16"] / bf16.seconds,
         **memory,
     }
 

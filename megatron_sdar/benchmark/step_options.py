@@ -41,6 +41,8 @@ class StepOptions:
     gemm_size: of the square product that sets the limit.
     max_documents: of the input that are read.
     parallel_rows, parallel_rounds: of the comparison of layouts.
+    slow_bf16: measure the form in bf16 on a CPU without bf16 units, too, where it takes 50 times
+        as long.
     """
 
     arch: Architecture = field(default_factory=benchmark_model)
@@ -56,6 +58,7 @@ class StepOptions:
     max_documents: int = 2000
     parallel_rows: int = 12
     parallel_rounds: int = 3
+    slow_bf16: bool = False
 
     @property
     def optim(self) -> OptimConfig:
@@ -93,6 +96,7 @@ class StepOptions:
             max_documents=100,
             parallel_rows=2,
             parallel_rounds=min(self.parallel_rounds, 1),
+            slow_bf16=True,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def show_step(figures: StepFigures, console: Console | None = None) -> None:
         console.print(layouts)
     ratios = Table("figure", "measured")
     for name, value in figures.ratios.items():
-        ratios.add_row(name, f"{value:.3f}")
+        ratios.add_row(name, "not measured" if value is None else f"{value:.3f}")
     console.print(ratios)
     for length, speedup in figures.cpu_speedups.items():
         console.print(
