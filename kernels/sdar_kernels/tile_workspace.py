@@ -2,7 +2,7 @@
 
 All layers of a micro-batch run the same tiles, so the views are made once for all of them: the
 tiles are small, and making a view takes as long as some of the sums. A workspace belongs to one
-plan and one thread; nothing in it outlives a call.
+plan and one thread.
 
 Shape legend: b entries of a batch (documents or blocks, times key heads), r queries of an entry
 times G query heads of a key head, w keys, H head_dim.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.key_gradient import KeyGradient
+from sdar_kernels.shared_buffers import shared_buffer
 from sdar_kernels.tile_groups import TileSizes
 from sdar_kernels.tile_plan import KeySet, Piece, QueryTile, Section, TilePlan, make_tile_plan
 
@@ -98,12 +99,12 @@ class SectionViews:
 
 
 class TileWorkspace:
-    """The buffers of one plan.
+    """The buffers that one plan computes in, and its views of them.
 
     Attributes:
         plan: it.
         kept_sizes: elements that each piece with kept probabilities keeps, in order.
-        buffers: flat, by name.
+        buffers: flat, by name; other workspaces use the same ones.
         sections: the views.
     """
 
@@ -160,7 +161,7 @@ class TileWorkspace:
             "delta": (rows * self._groups, self._dtype),
         }
         for name, (size, dtype) in sizes.items():
-            self.buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
+            self.buffers[name] = shared_buffer(name, size, dtype, self._device)
 
     def _view(
         self, name: str, *shape: int, at: int = 0, strides: tuple[int, ...] | None = None

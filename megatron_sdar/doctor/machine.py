@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from sdar_kernels.bf16_products import bf16_is_slow, bf16_slowdown
 
 from megatron_sdar.data.building.build_options import available_cores
 from megatron_sdar.doctor.findings import Finding, missing, ok, slow
@@ -35,6 +36,8 @@ def machine(device: torch.device) -> Iterator[Finding]:
     """GPUs, processors, limits, network."""
     yield from gpus(device)
     yield processors(available_cores(), torch.get_num_threads(), device)
+    if device.type == "cpu":
+        yield bf16_units(bf16_slowdown())
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield shared_memory(_SHARED, device)
     yield host_name(socket.gethostname())
@@ -81,6 +84,18 @@ def processors(cores: int, threads: int, device: torch.device) -> Finding:
     if device.type == "cuda" and cores < 2 * torch.cuda.device_count():
         return slow("cpu", text, "give the job at least two cores per GPU (Slurm: --cpus-per-task)")
     return ok("cpu", text)
+
+
+def bf16_units(slowdown: float) -> Finding:
+    """Whether a CPU computes in bf16 at a useful speed."""
+    if bf16_is_slow(slowdown):
+        return slow(
+            "bf16",
+            f"this CPU has no bf16 units: a product takes {slowdown:.0f} times as long as in "
+            "float32",
+            "set bf16: false for runs on this CPU",
+        )
+    return ok("bf16", "supported by this CPU")
 
 
 def open_files(limit: int) -> Finding:

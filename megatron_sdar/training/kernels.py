@@ -7,10 +7,11 @@ could be compared with another any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sdar_kernels.attention_backend import choose_backend
+from sdar_kernels.bf16_products import bf16_is_slow, bf16_slowdown
 from sdar_kernels.fused_kernels import choose_fused_kernels
 from sdar_kernels.head_layout import HeadLayout
 from sdar_kernels.triton_configs import AttentionConfig
@@ -32,12 +33,14 @@ class KernelChoice:
         fused_kernels: "torch" or "triton".
         attention_config: tile sizes found by attention_autotune; None: those chosen beforehand.
         description: names and reasons.
+        warning: what makes this run much slower than it could be, or "".
     """
 
     attention: str
     fused_kernels: str
     attention_config: AttentionConfig | None
     description: str
+    warning: str
 
 
 def choose_kernels(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> KernelChoice:
@@ -67,7 +70,8 @@ def choose_kernels(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -
                 "set attention_backend and fused_kernels to what all of them can use"
             )
     assert first is not None, "no error, so a choice"
-    return first
+    warnings = (theirs.warning for theirs, _ in answers if theirs is not None)
+    return replace(first, warning=next(filter(None, warnings), ""))
 
 
 def _names(choice: KernelChoice | None) -> str:
@@ -106,7 +110,26 @@ def _choose_here(config: SdarConfig, arch: Architecture, mesh: ParallelMesh) -> 
         )
     elif model.attention_autotune:
         description += f"; attention_autotune has nothing to tune in {attention.name}"
-    return KernelChoice(attention.name, fused, found.config if found else None, description)
+    return KernelChoice(
+        attention.name,
+        fused,
+        found.config if found else None,
+        description,
+        _bf16_warning(dtype, mesh.device),
+    )
+
+
+def _bf16_warning(dtype: torch.dtype, device: torch.device) -> str:
+    """On a CPU without bf16 units torch multiplies in plain loops, and says nothing."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return ""
+    slowdown = bf16_slowdown()
+    if not bf16_is_slow(slowdown):
+        return ""
+    return (
+        f"warning: this CPU has no bf16 units: a product in bf16 takes {slowdown:.0f} times as "
+        "long as in float32; set bf16: false"
+    )
 
 
 def _search(

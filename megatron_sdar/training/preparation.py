@@ -63,6 +63,8 @@ def prepare(
     loader = make_loader(config, arch, mesh, documents, indexes)
     kernels = choose_kernels(config, arch, mesh)
     say(kernels.description)
+    if kernels.warning:
+        say(kernels.warning)
     stages = make_stages(config, arch, mesh, kernels)
     fill_weights(stages, config, arch, resumes, say)
     if config.finetuning.finetuning_type != "full":

@@ -25,7 +25,7 @@ from megatron_sdar.training.memory_estimate import RankMemory, estimate_memory
 from megatron_sdar.training.setup import make_stages, make_step
 from megatron_sdar.training.step import TrainingStep, named_parameters
 
-KERNELS = KernelChoice("tiled", "torch", None, "")
+KERNELS = KernelChoice("tiled", "torch", None, "", "")
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 ROW = "cutoff_len=512 per_device_train_batch_size=1"
 LAYOUTS = (

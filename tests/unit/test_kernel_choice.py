@@ -21,7 +21,7 @@ ARCH = Architecture(
     rope_theta=1e4, tie_word_embeddings=False, max_position_embeddings=64,
     initializer_range=0.2, model_type="sdar", block_size=4, mask_token_id=130,
 )  # fmt: skip
-CHOICE = KernelChoice("tiled", "torch", None, "kernels: ...")
+CHOICE = KernelChoice("tiled", "torch", None, "kernels: ...", "")
 
 
 def _config(**model: object) -> SimpleNamespace:
@@ -49,6 +49,24 @@ def test_cpu_takes_tiled_attention_and_torch(tp_size: int, heads: str) -> None:
     assert (choice.attention, choice.fused_kernels) == ("tiled", "torch")
     assert choice.description.startswith(f"kernels: attention tiled for {heads} heads of 16 (first")
     assert "norms, SwiGLU and loss torch" in choice.description
+
+
+def test_bf16_on_a_cpu_without_units_is_warned_of_whatever_rank_has_it() -> None:
+    config = _config()
+    config.training.bf16 = True
+    for slowdown, words in (
+        (60.0, "takes 60 times as long as in float32; set bf16: false"),
+        (0.5, ""),
+    ):
+        with _answers(), mock.patch.object(kernels, "bf16_slowdown", return_value=slowdown):
+            warning = choose_kernels(config, ARCH, _mesh()).warning
+        assert warning.endswith(words)
+        assert bool(warning) == bool(words)
+    theirs = replace(CHOICE, warning="warning: this CPU has no bf16 units")
+    with _answers((theirs, "")), mock.patch.object(kernels, "bf16_slowdown", return_value=0.5):
+        assert choose_kernels(config, ARCH, _mesh()).warning == theirs.warning
+    with mock.patch.object(kernels, "bf16_slowdown", side_effect=AssertionError), _answers():
+        assert choose_kernels(_config(), ARCH, _mesh()).warning == ""
 
 
 def test_what_cannot_run_is_an_error_on_every_rank() -> None:

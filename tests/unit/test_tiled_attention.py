@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -356,3 +359,20 @@ def test_what_is_kept_for_backward_is_linear_in_the_tokens() -> None:
     assert saved == [q.numel(), k.numel(), v.numel(), q.numel(), shares, kept]
     assert 1024 * 4 < shares < 1.5 * 1024 * 4
     assert 0 < kept <= 1024 * 4 * TileSizes().kept_keys
+
+
+def test_masks_of_a_thread_share_buffers_and_do_not_keep_them() -> None:
+    def space(mask: AttentionMask) -> TileWorkspace:
+        return mask.plan(make_workspace, 2, 2, 8, torch.float64, TileSizes())
+
+    large = AttentionMask.build(document_intervals([80, 40], 4))
+    small = large.select(np.arange(0, large.num_tokens, 3))
+    buffers = space(large).buffers
+    assert all(space(small).buffers[name] is buffer for name, buffer in buffers.items())
+    with ThreadPoolExecutor(1) as other:
+        mask = large.select(np.arange(20))
+        theirs = other.submit(space, mask).result().buffers
+    assert not any(theirs[name] is buffer for name, buffer in buffers.items())
+    seen = weakref.ref(buffers["queries"])
+    del large, small, buffers, mask, theirs
+    assert seen() is None, "buffers outlive their masks"
