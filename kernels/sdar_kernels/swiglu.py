@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Elements per thread that are worked on together; measured, see rms_norm.
-_TILE_ELEMENTS = 1 << 19
+_TILE_ELEMENTS = 1 << 18
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str = "torch") -> Tensor:
