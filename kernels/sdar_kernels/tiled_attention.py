@@ -31,6 +31,9 @@ from sdar_kernels.tile_workspace import (
 _NARROW = 16
 # Rows of a product of full size: more would leave the cache.
 _CACHED_ROWS = 512
+# What is kept differs in size from one micro-batch to the next, by less than this as a rule; in
+# whole steps it fits where the last one's was, and the heap does not grow.
+_KEPT_STEP = 1 << 19
 
 
 def tiled_attention(
@@ -63,7 +66,7 @@ class _TiledAttention(torch.autograd.Function):
         k_rows, v_rows = k.reshape(-1, head_dim), v.reshape(-1, head_dim)
         # Share of a row's range in its query's probability.
         share = q.new_ones(plan.num_rows, groups, dtype=wide(q.dtype))
-        kept = q.new_empty(sum(space.kept_sizes))
+        kept = _kept(q, sum(space.kept_sizes))
         parts = iter(kept.split_with_sizes(space.kept_sizes))
         out = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
         for views in space.sections:
@@ -132,6 +135,11 @@ class _TiledAttention(torch.autograd.Function):
         assert grad_v is not None, "there is a section"
         grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))
         return (*(grad.to(q.dtype) for grad in grads), None)
+
+
+def _kept(q: Tensor, size: int) -> Tensor:
+    """Room for what is kept for backward."""
+    return q.new_empty(-(-size // _KEPT_STEP) * _KEPT_STEP)[:size]
 
 
 def _place(piece: PieceViews, kept: Iterator[Tensor]) -> Tensor:
