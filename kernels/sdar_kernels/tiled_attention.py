@@ -31,9 +31,6 @@ from sdar_kernels.tile_workspace import (
 _NARROW = 16
 # Rows of a product of full size: more would leave the cache.
 _CACHED_ROWS = 512
-# What is kept differs in size from one micro-batch to the next, by less than this as a rule; in
-# whole steps it fits where the last one's was, and the heap does not grow.
-_KEPT_STEP = 1 << 19
 
 
 def tiled_attention(
@@ -138,8 +135,13 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _kept(q: Tensor, size: int) -> Tensor:
-    """Room for what is kept for backward."""
-    return q.new_empty(-(-size // _KEPT_STEP) * _KEPT_STEP)[:size]
+    """Room for what is kept for backward.
+
+    Micro-batches keep a little more or less than the one before. In steps of an eighth or less it
+    fits, as a rule, where that one's was, and the heap does not grow.
+    """
+    step = 1 << max(0, size.bit_length() - 4)
+    return q.new_empty(-(-size // step) * step)[:size]
 
 
 def _place(piece: PieceViews, kept: Iterator[Tensor]) -> Tensor:

@@ -26,8 +26,8 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "floor: seconds that exact's FLOPs take at that rate. speedup_vs_paper_semantics and "
         f"floor_share are of rows of 2 x {first}.",
         "memory: peak resident memory of a fresh process over its state before the model was "
-        "built, one step over two rows, fp32; of ours the median of three processes. 'beyond state': "
-        "over weights and AdamW moments.",
+        "built, one step over two rows, fp32; of ours the median of three processes. 'beyond "
+        "state': over weights and AdamW moments.",
         "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process.",
     ]
     shape = options.shape(first)
