@@ -1,101 +1,36 @@
 """Buffers of tiled attention, and the views of them that every tile computes with.
 
 All layers of a micro-batch run the same tiles, so the views are made once for all of them: the
-tiles are small, and making a view takes as long as some of the sums. A workspace belongs to one
-plan and one thread.
-
-Shape legend: b entries of a batch (documents or blocks, times key heads), r queries of an entry
-times G query heads of a key head, w keys, H head_dim.
+tiles are small, and making a view takes as long as some of the sums. Of very long documents, whose
+pieces are many and large, they are made anew: their number grows with the square of the length.
+A workspace belongs to one plan and one thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from math import prod
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from sdar_kernels.block_mask import AttentionMask
-from sdar_kernels.key_gradient import KeyGradient
 from sdar_kernels.shared_buffers import shared_buffer
 from sdar_kernels.tile_groups import TileSizes
 from sdar_kernels.tile_plan import KeySet, Piece, QueryTile, Section, TilePlan, make_tile_plan
+from sdar_kernels.tile_views import KeyGradient, PieceViews, SectionViews
 
 # Up to this many keys a product with transposed probabilities is as fast as any; beyond, MKL
 # takes 1.4 times as long, unless the transpose of the product is computed.
 _FEW_KEYS = 256
+# Views of more pieces than this are not stored.
+_MOST_STORED = 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which sums are kept."""
     return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class PieceViews:
-    """What one piece of a tile reads and writes.
-
-    Attributes:
-        queries, results: [b, r, H]; results holds the output, in backward first its gradient and
-            then that of the queries.
-        keys, values, keys_t, values_t: [b, w, H] and transposed.
-        hidden: what is added to the scores of the last keys, [b, queries, 1, masked]; or None.
-        scores: [b, r, w]; None if they are kept for backward.
-        shape: of the scores.
-        grad_scores: [b, r, w].
-        top, largest: largest score and probability of every row, [b, r].
-        delta: [b, r, 1].
-        sum_keys, sum_values: their gradients.
-    """
-
-    queries: Tensor
-    results: Tensor
-    keys: Tensor
-    keys_t: Tensor
-    values: Tensor
-    values_t: Tensor
-    hidden: Tensor | None
-    scores: Tensor | None
-    shape: tuple[int, int, int]
-    grad_scores: Tensor
-    top: Tensor
-    largest: Tensor
-    delta: Tensor
-    sum_keys: KeyGradient
-    sum_values: KeyGradient
-
-
-@dataclass(frozen=True, slots=True)
-class SectionViews:
-    """A section's buffers; rows, first and second as in `Section`.
-
-    Attributes:
-        queries, results: [rows, G * H]; padded: results with one row to spare.
-        keys, values: [key rows, H].
-        sum_keys, sum_values: [key rows + 1, H].
-        second: [rows of second ranges, G * H] of results; partners: for as many rows.
-        lse: [rows + 1, G]; top, largest, delta: [rows, G].
-        turned: (sums [batch, extent, H], what to copy into them, [batch, H, extent] transposed).
-        pieces: in order.
-    """
-
-    section: Section
-    queries: Tensor
-    results: Tensor
-    padded: Tensor
-    keys: Tensor
-    values: Tensor
-    sum_keys: Tensor
-    sum_values: Tensor
-    second: Tensor
-    partners: Tensor
-    lse: Tensor
-    top: Tensor
-    largest: Tensor
-    delta: Tensor
-    turned: tuple[tuple[Tensor, Tensor], ...]
-    pieces: tuple[PieceViews, ...]
 
 
 class TileWorkspace:
@@ -118,10 +53,11 @@ class TileWorkspace:
         self._allocate()
         self.sections = tuple(self._section(section) for section in plan.sections)
         self.kept_sizes = [
-            prod(piece.shape)
-            for section in self.sections
-            for piece in section.pieces
-            if piece.scores is None
+            (piece.last - piece.first) * groups * tile.width
+            for section in plan.sections
+            for tile in section.tiles
+            if tile.kept
+            for piece in tile.pieces
         ]
 
     def _allocate(self) -> None:
@@ -213,13 +149,15 @@ class TileWorkspace:
             largest=self._view("largest", rows, self._groups),
             delta=self._view("delta", rows, self._groups),
             turned=tuple(turned),
-            pieces=tuple(
-                self._piece(tile, piece, places.get(tile.keys), hidden)
-                for tile in section.tiles
-                for hidden in [self._hidden(tile)]
-                for piece in tile.pieces
-            ),
+            pieces=_Pieces(self, section, places),
         )
+
+    def pieces(self, section: Section, places: Mapping[KeySet, int]) -> Iterator[PieceViews]:
+        """Views of a section's pieces, made now; `places` as in `_section`."""
+        for tile in section.tiles:
+            hidden = self._hidden(tile)
+            for piece in tile.pieces:
+                yield self._piece(tile, piece, places.get(tile.keys), hidden)
 
     def _hidden(self, tile: QueryTile) -> Tensor | None:
         """[batch * num_tokens, 1, masked]: 0 for keys that are seen, then -inf."""
@@ -281,6 +219,25 @@ class TileWorkspace:
             sum_keys=gradient("keys"),
             sum_values=gradient("values"),
         )
+
+
+class _Pieces:
+    """All pieces of a section, stored if they are few."""
+
+    def __init__(
+        self, space: TileWorkspace, section: Section, places: Mapping[KeySet, int]
+    ) -> None:
+        self._arguments = (section, places)
+        self._space = ref(space)
+        number = sum(len(tile.pieces) for tile in section.tiles)
+        self._stored = tuple(space.pieces(*self._arguments)) if number <= _MOST_STORED else None
+
+    def __iter__(self) -> Iterator[PieceViews]:
+        if self._stored is not None:
+            return iter(self._stored)
+        space = self._space()
+        assert space is not None, "who iterates holds the workspace"
+        return space.pieces(*self._arguments)
 
 
 def make_workspace(

@@ -19,13 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.tile_groups import TileSizes
-from sdar_kernels.tile_workspace import (
-    PieceViews,
-    SectionViews,
-    TileWorkspace,
-    make_workspace,
-    wide,
-)
+from sdar_kernels.tile_views import PieceViews, SectionViews
+from sdar_kernels.tile_workspace import TileWorkspace, make_workspace, wide
 
 # torch.softmax takes as long for a row of 4 as for one of 100.
 _NARROW = 16

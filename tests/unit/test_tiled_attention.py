@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sdar_kernels import reference, tiled_attention
+from sdar_kernels import reference, tile_workspace, tiled_attention
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.self_check import document_intervals
 from sdar_kernels.tile_groups import TileSizes
@@ -287,6 +287,26 @@ def test_layers_share_buffers_and_do_not_disturb_each_other() -> None:
         for ours, theirs in zip((out, *grads), _reference(mask, layer), strict=True):
             assert (ours - theirs).abs().max() < 1e-12
     assert len([plan for plan in mask._plans.values() if isinstance(plan, TileWorkspace)]) == 1
+
+
+@pytest.mark.parametrize("sizes", [TileSizes(), SMALL])
+def test_views_of_many_pieces_are_not_stored(
+    sizes: TileSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number grows with the square of a document's length."""
+    mask = random_packing(9, 4).mask()
+    tensors = _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
+    stored = _tiled(mask, tensors, sizes)
+    monkeypatch.setattr(tile_workspace, "_MOST_STORED", 0)
+    fresh = random_packing(9, 4).mask()
+    made: list[object] = []
+    piece = TileWorkspace._piece
+    monkeypatch.setattr(TileWorkspace, "_piece", lambda *args: made.append(None) or piece(*args))
+    for expected, actual in zip(stored, _tiled(fresh, tensors, sizes), strict=True):
+        assert torch.equal(expected, actual)
+    plan = fresh.plan(make_tile_plan, 2, sizes, 2)
+    number = sum(len(tile.pieces) for section in plan.sections for tile in section.tiles)
+    assert len(made) == 2 * number, "once forward, once backward"
 
 
 def test_a_mask_first_used_in_inference_can_be_trained_with() -> None:
