@@ -13,20 +13,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from sdar_kernels.bf16_products import bf16_is_slow, bf16_slowdown
+from sdar_kernels.bf16_products import bf16_slowdown
 
 from megatron_sdar.benchmark.step_clock import ProductRate, StepTime, time_step
 from megatron_sdar.benchmark.step_data import Corpus, Document
 from megatron_sdar.benchmark.step_forms import (
     EXACT,
     EXACT_BF16,
-    FORMS,
     PAPER,
     PEER,
     Form,
     OwnForm,
     PeerForm,
     make_form,
+    measured_forms,
 )
 from megatron_sdar.benchmark.step_memory import StepMemory, measure_memory
 from megatron_sdar.benchmark.step_notes import step_notes
@@ -142,9 +142,7 @@ def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[S
     """What is known of the forms, again and again; layouts are not measured here."""
     say("building the models")
     slowdown = bf16_slowdown()
-    names = [name for name in FORMS if name != EXACT_BF16 or options.slow_bf16]
-    if not (options.slow_bf16 or bf16_is_slow(slowdown)):
-        names.append(EXACT_BF16)
+    names = measured_forms(slowdown, slow_bf16=options.slow_bf16)
     own = {name: make_form(name, options, None) for name in names if name != PEER}
     first = own[PAPER]
     assert isinstance(first, OwnForm)

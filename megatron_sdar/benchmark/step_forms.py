@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+from sdar_kernels.bf16_products import bf16_is_slow
 from torch import Tensor
 
 from megatron_sdar.benchmark.step_data import Document
@@ -18,6 +19,12 @@ from megatron_sdar.training.flops import RowWork, StepFlops, step_flops
 
 PEER, PAPER, EXACT, EXACT_BF16 = "peer", "paper", "exact", "exact bf16"
 FORMS = (PEER, PAPER, EXACT, EXACT_BF16)
+
+
+def measured_forms(slowdown: float, *, slow_bf16: bool) -> list[str]:
+    """All forms; that in bf16 not where its products are slow (`bf16_slowdown`), unless asked."""
+    left_out = bf16_is_slow(slowdown) and not slow_bf16
+    return [name for name in FORMS if not (name == EXACT_BF16 and left_out)]
 
 
 class Form(Protocol):
