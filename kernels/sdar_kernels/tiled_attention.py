@@ -63,9 +63,7 @@ class _TiledAttention(torch.autograd.Function):
         out = torch.empty_like(q_rows, memory_format=torch.contiguous_format)
         for views in space.sections:
             section = views.section
-            torch.index_select(q_rows, 0, section.queries, out=views.queries)
-            torch.index_select(k_rows, 0, section.keys, out=views.keys)
-            torch.index_select(v_rows, 0, section.keys, out=views.values)
+            _gather(views, q_rows, k_rows, v_rows)
             for piece in views.pieces:
                 scores = _scores(piece, _place(piece, parts))
                 _softmax_with_largest_(piece, scores)
@@ -98,9 +96,7 @@ class _TiledAttention(torch.autograd.Function):
             grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide(q.dtype)) for x in (k_rows, v_rows))
         for views in space.sections:
             section = views.section
-            torch.index_select(q_rows, 0, section.queries, out=views.queries)
-            torch.index_select(k_rows, 0, section.keys, out=views.keys)
-            torch.index_select(v_rows, 0, section.keys, out=views.values)
+            _gather(views, q_rows, k_rows, v_rows)
             torch.index_select(upstream, 0, section.queries, out=views.results)
             # With s the share of a range, and P its own probabilities, the gradient of its scores
             # is P * (s * grad_P - s * delta): s goes into the small factors.
@@ -127,6 +123,14 @@ class _TiledAttention(torch.autograd.Function):
         assert grad_v is not None, "there is a section"
         grads = (grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape))
         return (*(grad.to(q.dtype) for grad in grads), None)
+
+
+def _gather(views: SectionViews, q_rows: Tensor, k_rows: Tensor, v_rows: Tensor) -> None:
+    """Copy what a section's tiles read into their order."""
+    section = views.section
+    torch.index_select(q_rows, 0, section.queries, out=views.queries)
+    torch.index_select(k_rows, 0, section.keys, out=views.keys)
+    torch.index_select(v_rows, 0, section.keys, out=views.values)
 
 
 def _kept(q: Tensor, size: int) -> Tensor:
