@@ -146,6 +146,7 @@ def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         peer_rounds=args.peer_rounds,
         parallel_rounds=args.parallel_rounds,
         threads=args.threads,
+        fused_kernels=args.fused_kernels,
         block_length=args.block_length,
     )
     if args.quick:

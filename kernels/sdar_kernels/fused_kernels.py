@@ -1,8 +1,9 @@
 """Which form of norm, rotary embedding, SwiGLU and loss runs, and why.
 
-A Triton kernel is used only after it has reproduced the reference in fp64 on this device,
-forward and backward, at the model's own hidden size and head dim: compilers and drivers fail in
-ways that no version number tells. The choice is made once per run; no step falls back silently.
+A compiled form (Triton on a GPU, torch.compile's C++ on a CPU) is used only after it has reproduced
+the reference in fp64 on this device, forward and backward, at the model's own hidden size and head
+dim: compilers and drivers fail in ways that no version number tells. The choice is made once per
+run; no step falls back silently.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu
 from sdar_kernels.triton_runtime import why_no_triton
 
-FUSED_KERNELS = ("auto", "torch", "triton")
+FUSED_KERNELS = ("auto", "torch", "triton", "inductor")
 
 # Largest error relative to the largest element. Rounding gives about a quarter of it; a wrong
 # element, such as one beyond a mask, gives 0.1 or more.
@@ -58,7 +59,8 @@ def choose_fused_kernels(
 ) -> tuple[str, str]:
     """The `impl` that will run for a configured name, and one line that says why.
 
-    "auto" is triton on a GPU where the self-check passes, else torch.
+    "auto" is triton on a GPU where the self-check passes, else torch: inductor, some percent of a
+    CPU's step, takes a C++ compiler and 5 to 30 s to start, so it has to be asked for.
 
     Args:
         name: one of FUSED_KERNELS.
@@ -67,34 +69,41 @@ def choose_fused_kernels(
         intermediate_size, vocab_size: checked up to 4500.
 
     Raises:
-        ValueError: for an unknown name, or for "triton" where it cannot run or is wrong.
+        ValueError: for an unknown name, or for "triton" or "inductor" where it cannot run or is
+            wrong.
     """
     if name not in FUSED_KERNELS:
         raise ValueError(f"fused_kernels: {name!r} is not one of {', '.join(FUSED_KERNELS)}")
     if name == "torch":
         return "torch", "as configured"
-    problem = why_no_triton(device)
+    form = "inductor" if name == "inductor" else "triton"
+    problem = why_no_triton(device) if form == "triton" else _why_no_inductor(device)
     if problem is None and name == "auto" and device.type != "cuda":
         problem = f"triton needs a GPU, the device is {device.type}"
     if problem is None:
-        checks = _checks(device, dtype, hidden_size, head_dim, intermediate_size, vocab_size)
-        failure = next(filter(None, (_failure(check, dtype) for check in checks)), None)
+        checks = _checks(form, device, dtype, hidden_size, head_dim, intermediate_size, vocab_size)
+        failures = (_failure(check, form, dtype) for check in checks)
+        failure = next(filter(None, failures), None)
         if failure is None:
-            return "triton", "its self-check passed"
-        problem = f"triton failed: {failure}"
-    if name == "triton":
+            return form, "its self-check passed"
+        problem = f"{form} failed: {failure}"
+    if name == form:
         raise ValueError(
-            f"fused_kernels: triton cannot be used here: {problem}; "
+            f"fused_kernels: {form} cannot be used here: {problem}; "
             "use fused_kernels: auto or torch"
         )
     return "torch", f"{problem}; using torch"
 
 
-def _failure(check: _Check, dtype: torch.dtype) -> str | None:
-    """What is wrong with the Triton form of an op, or None."""
+def _why_no_inductor(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"inductor is for CPUs, the device is {device.type}"
+
+
+def _failure(check: _Check, form: str, dtype: torch.dtype) -> str | None:
+    """What is wrong with a compiled form of an op, or None."""
     exact = _outputs(check, "reference", [leaf.double() for leaf in check.leaves])
     try:
-        ours = _outputs(check, "triton", check.leaves)
+        ours = _outputs(check, form, check.leaves)
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{check.op}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     allowed = _tolerance(dtype)
@@ -125,6 +134,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _checks(
+    form: str,
     device: torch.device,
     dtype: torch.dtype,
     hidden_size: int,
@@ -133,9 +143,10 @@ def _checks(
     vocab_size: int,
 ) -> list[_Check]:
     # From numpy: the run's own generators stay untouched. On a GPU there are more rows than
-    # programs of a backward pass, in the interpreter there is less time.
+    # programs of a backward pass, in the interpreter there is less time. Inductor decides by
+    # the first sizes that it sees whether a loop is worth all threads, for all later ones.
     rng = np.random.default_rng(0)
-    tokens = 300 if device.type == "cuda" else 37
+    tokens = 2048 if form == "inductor" else 300 if device.type == "cuda" else 37
     columns, vocab = min(intermediate_size, _MOST_COLUMNS), min(vocab_size, _MOST_COLUMNS)
 
     def normal(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -145,20 +156,17 @@ def _checks(
     x, scale = normal(tokens, hidden_size), normal(hidden_size, std=0.2, mean=1.0)
     heads, head_scale = normal(tokens, _HEADS, head_dim), normal(head_dim, std=0.2, mean=1.0)
     gate, up = normal(tokens, columns, std=2.0), normal(tokens, columns)
-    head = normal(vocab, hidden_size, std=hidden_size**-0.5)
-    return [
+    checks = [
         _Check("rms_norm", ("x", "weight"), (x, scale), _run_rms_norm),
         _Check("qk_norm_rope", ("x", "weight"), (heads, head_scale), _run_qk_norm_rope),
         _Check("swiglu", ("gate", "up"), (gate, up), _run_swiglu),
-        _Check(
-            "cross_entropy",
-            ("hidden", "weight"),
-            (x, head),
-            partial(
-                _run_cross_entropy, torch.from_numpy(rng.integers(0, vocab, tokens)).to(device)
-            ),
-        ),
     ]
+    if form == "triton":
+        head = normal(vocab, hidden_size, std=hidden_size**-0.5)
+        targets = torch.from_numpy(rng.integers(0, vocab, tokens)).to(device)
+        run = partial(_run_cross_entropy, targets)
+        checks.append(_Check("cross_entropy", ("hidden", "weight"), (x, head), run))
+    return checks
 
 
 def _run_rms_norm(impl: str, x: Tensor, weight: Tensor) -> Tensor:

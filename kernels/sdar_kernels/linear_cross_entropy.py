@@ -20,6 +20,8 @@ _LOGIT_BYTES = 32 * 2**20
 _TILE_ELEMENTS = {"cpu": 2**18}
 _LARGE_TILE_ELEMENTS = 2**25
 _HEAD_ROWS = 16384
+# Matmuls are most of the work here: inductor is the torch form.
+_IMPLS = ("torch", "triton", "inductor")
 
 
 def _same(x: Tensor) -> Tensor:
@@ -73,9 +75,9 @@ def linear_cross_entropy(
         weight_grad_sum: [V, D], fp32 or wider. If given, the head's gradient is added to it, in
             forward already, instead of going to weight_VD. Then nothing may stand between the loss
             and backward: the upstream gradient must be 1; and hidden states must have a gradient.
-        impl: "torch", or "triton" where sdar_kernels.fused_kernels says that it runs.
+        impl: one of _IMPLS; "triton" where sdar_kernels.fused_kernels says that it runs.
     """
-    assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
+    assert impl in _IMPLS, f"unresolved fused_kernels {impl!r}"
     wants_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
     assert weight_grad_sum is None or hidden_MD.requires_grad, "backward would not be run"
     wants_weight_grad = wants_grad and (weight_grad_sum is not None or weight_VD.requires_grad)
@@ -113,7 +115,7 @@ def linear_token_losses(
 
     Arguments and collectives as in `linear_cross_entropy`; fp32 (fp64 for fp64), no gradients.
     """
-    assert impl in ("torch", "triton"), f"unresolved fused_kernels {impl!r}"
+    assert impl in _IMPLS, f"unresolved fused_kernels {impl!r}"
     wide = torch.float64 if hidden_MD.dtype == torch.float64 else torch.float32
     shard = _Shard(
         first_token, weight_VD.shape[0] if num_valid is None else num_valid, reductions, impl
@@ -232,7 +234,7 @@ def _statistics(
 
 def _makes_exponentials(logits: Tensor, shard: _Shard, wide: torch.dtype) -> bool:
     """Whether they can stand where the logits stood: nothing is rounded, and torch computes."""
-    return shard.impl == "torch" and logits.dtype == wide and shard.num_valid > 0
+    return shard.impl != "triton" and logits.dtype == wide and shard.num_valid > 0
 
 
 def _write_gradient(

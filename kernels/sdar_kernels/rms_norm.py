@@ -3,8 +3,8 @@
 Statistics and angles are at least fp32 whatever the activations are; fp64 activations keep fp64
 statistics (verification runs). Angles are always made in fp32, because the published weights
 were trained with fp32 angles. `reference` has the plain forms. The torch forms here keep little for
-backward and pass over a tile while it is in the cache; with impl "triton" an op runs as one kernel
-each way, where sdar_kernels.fused_kernels says that it can.
+backward and pass over a tile while it is in the cache; with impl "triton" or "inductor" an op runs
+as one kernel each way, where sdar_kernels.fused_kernels says that it can.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "torch") -> Tens
         from sdar_kernels.triton_rms_norm import RmsNorm
 
         return RmsNorm.apply(x, weight, eps)
+    if impl == "inductor":
+        from sdar_kernels import inductor_kernels
+
+        return inductor_kernels.RmsNorm.apply(x, weight, eps)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
     out: Tensor = _RmsNorm.apply(x, weight, eps)
     return out
@@ -62,6 +66,10 @@ def qk_norm_rope(
         from sdar_kernels.triton_qk_norm_rope import QkNormRope
 
         return QkNormRope.apply(x_TNH, weight_H, eps, cos, sin)
+    if impl == "inductor":
+        from sdar_kernels import inductor_kernels
+
+        return inductor_kernels.QkNormRope.apply(x_TNH, weight_H, eps, cos, sin)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
     out: Tensor = _QkNormRope.apply(x_TNH, weight_H, eps, cos, sin)
     return out

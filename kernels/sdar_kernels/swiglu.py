@@ -1,4 +1,4 @@
-"""SwiGLU: the gated activation of the MLP, in torch or in Triton.
+"""SwiGLU: the gated activation of the MLP, in torch, in Triton or by torch.compile.
 
 `reference.swiglu` is the plain form. Invariant: `impl` changes speed and memory, not values
 beyond rounding. Kept for backward: gate and up.
@@ -20,12 +20,16 @@ def swiglu(gate: Tensor, up: Tensor, impl: str = "torch") -> Tensor:
     """silu(gate) * up, elementwise; gate and up of one shape and dtype.
 
     Args:
-        impl: "torch", or "triton" where sdar_kernels.fused_kernels says that it runs.
+        impl: "torch", or "triton" or "inductor" where sdar_kernels.fused_kernels says that it runs.
     """
     if impl == "triton":
         from sdar_kernels.triton_swiglu import Swiglu
 
         return Swiglu.apply(gate, up)
+    if impl == "inductor":
+        from sdar_kernels import inductor_kernels
+
+        return inductor_kernels.Swiglu.apply(gate, up)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
     out: Tensor = _Swiglu.apply(gate, up)
     return out

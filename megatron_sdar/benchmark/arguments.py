@@ -21,7 +21,7 @@ One optimizer step of a 42 M parameter model, in turn and on the same documents:
   exact       this trainer on the blocks that the loss depends on, packed by what is left
   exact bf16  the same with bf16 activations over fp32 weights; left out where the CPU has no
               bf16 units and would take 50 times as long
-  floor       time of exact's matrix products at the rate of one large product
+  floor       time of exact's matrix products at the rate of one large product beside the step
 
 and the CPU time of TP2 with sequence parallelism, PP2 and FSDP2 over two gloo processes beside one
 process. Losses are compared before anything is timed. Figures are ratios of neighbours in time;
@@ -167,6 +167,13 @@ def add_step(commands: Any) -> argparse.ArgumentParser:
         type=int,
         default=defaults.threads,
         help="of torch for all forms (default: all cores, %(default)s)",
+    )
+    step.add_argument(
+        "--fused-kernels",
+        choices=("auto", "torch", "inductor"),
+        default=defaults.fused_kernels,
+        help="norms, rotary and SwiGLU of our forms, as in training; auto: inductor where a C++ "
+        "compiler is found, with --quick torch (default %(default)s)",
     )
     step.add_argument("--block-length", type=int, default=defaults.block_length)
     step.add_argument(

@@ -8,7 +8,8 @@ time that the products of our step would take at the rate of a large matrix prod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_sdar.benchmark.step_forms import (
     make_form,
     measured_forms,
 )
+from megatron_sdar.benchmark.step_kernels import with_kernels
 from megatron_sdar.benchmark.step_memory import StepMemory, measure_memory
 from megatron_sdar.benchmark.step_notes import step_notes
 from megatron_sdar.benchmark.step_options import StepOptions
@@ -53,7 +55,9 @@ class FormFigures:
         row_tokens, answer_tokens: of the step: all tokens of its rows; label tokens.
         seconds, cpu_seconds: of a step, medians; rounds: how many.
         answer_tokens_per_s, row_tokens_per_s: by the clock.
-        flops: of the form's own products; mfu: them over seconds at the rate of the product.
+        flops: of the form's own products.
+        mfu: them over a step's seconds at the product's rate beside it; median over the steps.
+        mfu_of_best: them over the median seconds at the best rate of the run.
         loss: of the first step.
         memory: peak of a step over the first two rows; None for a form that is not measured.
     """
@@ -71,6 +75,7 @@ class FormFigures:
     row_tokens_per_s: float
     flops: int
     mfu: float
+    mfu_of_best: float
     loss: float
     memory: StepMemory | None
 
@@ -82,7 +87,7 @@ class StepFigures:
     Attributes:
         forms: every form at every length.
         layouts: parallel overhead; empty if it is not measured.
-        product_gflops: rate of the matrix product by dtype.
+        product_gflops: best rate of the matrix product by dtype.
         ratios: the figures with goals, see `_ratios`; then each layout's. None: not measured.
         cpu_speedups: answer tokens per CPU second of exact over those of the peer, by length.
             Far from the speedup by the clock: other programs took cores from one of the two.
@@ -125,7 +130,10 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> 
     torch.set_num_threads(options.threads)
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", _TIMEOUT_SECONDS)
     try:
-        for figures in _measure_forms(options, corpus, say):
+        options, kernels = with_kernels(options)
+        say(kernels)
+        for known in _measure_forms(options, corpus, say):
+            figures = replace(known, notes=(*known.notes, kernels))
             keep(figures)
     finally:
         stop_process_group()
@@ -139,7 +147,10 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> 
 
 
 def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[StepFigures]:
-    """What is known of the forms, again and again; layouts are not measured here."""
+    """What is known of the forms, again and again; layouts are not measured here.
+
+    The options name the kernels that are used.
+    """
     say("building the models")
     slowdown = bf16_slowdown()
     names = measured_forms(slowdown, slow_bf16=options.slow_bf16)
@@ -165,7 +176,7 @@ def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[S
             known = [each.figures(rates) for each in [*done, *timed]]
             gflops = {name: rate / 1e9 for name, rate in rates.items()}
             yield StepFigures(
-                tuple(known), (), gflops, _ratios(known, rates), _cpu_speedups(known), tuple(notes)
+                tuple(known), (), gflops, _ratios(known), _cpu_speedups(known), tuple(notes)
             )
         done += timed
 
@@ -182,11 +193,11 @@ class _Timed:
     flops: int
     loss: float
     times: list[StepTime]
+    rates: list[float] = field(default_factory=list)
     memory: StepMemory | None = None
 
     def figures(self, rates: Mapping[str, float]) -> FormFigures:
         seconds = median(each.seconds for each in self.times)
-        rate = rates["bfloat16" if self.form == EXACT_BF16 else "float32"]
         return FormFigures(
             length=self.length,
             form=self.form,
@@ -200,10 +211,19 @@ class _Timed:
             answer_tokens_per_s=self.answer_tokens / seconds,
             row_tokens_per_s=self.row_tokens / seconds,
             flops=self.flops,
-            mfu=self.flops / seconds / rate,
+            mfu=median(
+                self.flops / taken.seconds / rate
+                for taken, rate in zip(self.times, self.rates, strict=True)
+            ),
+            mfu_of_best=self.flops / seconds / rates[_product(self.form)],
             loss=self.loss,
             memory=self.memory,
         )
+
+
+def _product(form: str) -> str:
+    """The dtype whose product sets a form's limit."""
+    return "bfloat16" if form == EXACT_BF16 else "float32"
 
 
 def _time_length(
@@ -237,11 +257,12 @@ def _time_length(
         say(f"  {name}: loss {loss:.6f}")
     for number in range(max(options.rounds, options.peer_rounds)):
         say(f"  round {number + 1}")
-        for product in products.values():
-            product.measure()
         for each in timed:
             if number < (options.peer_rounds if each.form == PEER else options.rounds):
-                each.times.append(time_step(forms[each.form].step))
+                step = partial(time_step, forms[each.form].step)
+                taken, rate = products[_product(each.form)].around(step)
+                each.times.append(taken)
+                each.rates.append(rate)
     yield timed
     for each in timed:
         if each.form != EXACT_BF16:
@@ -258,7 +279,7 @@ def _check_loss(name: str, loss: float, expected: float) -> None:
         )
 
 
-def _ratios(forms: Sequence[FormFigures], rates: Mapping[str, float]) -> dict[str, float | None]:
+def _ratios(forms: Sequence[FormFigures]) -> dict[str, float | None]:
     """The figures that have goals. Of one row length where none is named: the first."""
     by_name = {(each.length, each.form): each for each in forms}
     lengths = list(dict.fromkeys(each.length for each in forms))
@@ -275,9 +296,11 @@ def _ratios(forms: Sequence[FormFigures], rates: Mapping[str, float]) -> dict[st
     return {
         **speedups,
         "speedup_vs_paper_semantics": exact.answer_tokens_per_s / paper.answer_tokens_per_s,
-        "floor_share_fp32": exact.flops / rates["float32"] / exact.seconds,
-        "floor_share_bf16": None if bf16 is None else bf16.flops / rates["bfloat16"] / bf16.seconds,
+        "floor_share_fp32": exact.mfu,
+        "floor_share_bf16": None if bf16 is None else bf16.mfu,
         **memory,
+        "floor_share_fp32_of_best": exact.mfu_of_best,
+        "floor_share_bf16_of_best": None if bf16 is None else bf16.mfu_of_best,
     }
 
 

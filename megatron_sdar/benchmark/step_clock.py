@@ -31,8 +31,8 @@ def time_step(step: Callable[[], float]) -> StepTime:
 class ProductRate:
     """FLOPs per second of a square product: the limit of a dtype on this machine.
 
-    Measured between the steps of every round; the best of the rounds' medians counts, since
-    whatever slows a round down is not the machine's limit.
+    Measured before and after every step. A machine's rate may wander by a third within minutes, so
+    a step is compared with the product beside it, and with the best of the run as well.
     """
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
@@ -41,14 +41,21 @@ class ProductRate:
         self._flops = 2 * size**3
         self.rounds: list[float] = []
 
-    def measure(self) -> None:
-        """One round."""
+    def measure(self) -> float:
+        """The rate now."""
         times = []
         for _ in range(_PRODUCTS):
             start = time.perf_counter()
             torch.mm(self._left, self._right, out=self._out)
             times.append(time.perf_counter() - start)
         self.rounds.append(self._flops / median(times))
+        return self.rounds[-1]
+
+    def around(self, step: Callable[[], StepTime]) -> tuple[StepTime, float]:
+        """Run a timed step; returns its times and the mean of the rates before and after it."""
+        before = self.measure()
+        taken = step()
+        return taken, (before + self.measure()) / 2
 
     @property
     def best(self) -> float:

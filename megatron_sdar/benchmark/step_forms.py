@@ -80,7 +80,12 @@ class OwnForm:
         self._arch, self._exact = options.arch, exact
         self._learning_rate = options.optim.learning_rate
         self.training = make_own_step(
-            options.arch, options.optim, options.seed, trimmed=exact, compute=compute
+            options.arch,
+            options.optim,
+            options.seed,
+            trimmed=exact,
+            compute=compute,
+            fused_kernels=options.fused_kernels,
         )
         self._rows: list[Row] = []
 

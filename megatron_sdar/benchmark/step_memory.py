@@ -12,6 +12,7 @@ import torch
 
 from megatron_sdar.benchmark.step_data import Document
 from megatron_sdar.benchmark.step_forms import PEER, Form, make_form
+from megatron_sdar.benchmark.step_kernels import build_kernels
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.parallel.host_memory import keep_freed_memory
@@ -60,7 +61,10 @@ def _measure_here(
     if name != PEER:
         keep_freed_memory()  # as pretrain_sdar.py
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", 600)
-    # A toy model first: code that libraries load on first use belongs to no form.
+    # A toy model first: code that libraries load on first use belongs to no form, nor do compiled
+    # kernels.
+    if name != PEER:
+        build_kernels(options)
     toy = options.quick()
     _first_step(make_form(name, toy, None), toy)
     process_mb = resident_mb("VmRSS")

@@ -22,9 +22,10 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
         "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
         "MFU: them over seconds over the rate of a product of "
-        f"{options.gemm_size} x {options.gemm_size}: best of the rounds' medians in this run.",
-        "floor: seconds that exact's FLOPs take at that rate. speedup_vs_paper_semantics and "
-        f"floor_share are of rows of 2 x {first}.",
+        f"{options.gemm_size} x {options.gemm_size} that is timed before and after the step, "
+        "median over the steps; 'of best' and the plot's floor: over the best rate of the run.",
+        "floor: seconds that exact's FLOPs take at that rate; floor_share is exact's MFU. "
+        f"speedup_vs_paper_semantics and floor_share are of rows of 2 x {first}.",
         "memory: peak resident memory of a fresh process over its state before the model was "
         "built, one step over two rows, fp32; of ours the median of three processes. 'beyond "
         "state': over weights and AdamW moments.",

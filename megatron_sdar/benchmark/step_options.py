@@ -43,6 +43,7 @@ class StepOptions:
     parallel_rows, parallel_rounds: of the comparison of layouts.
     slow_bf16: measure the form in bf16 on a CPU without bf16 units, too, where it takes 50 times
         as long.
+    fused_kernels: of our forms: "torch", "inductor", or "auto", which step_kernels resolves.
     """
 
     arch: Architecture = field(default_factory=benchmark_model)
@@ -59,6 +60,7 @@ class StepOptions:
     parallel_rows: int = 12
     parallel_rounds: int = 3
     slow_bf16: bool = False
+    fused_kernels: str = "auto"
 
     @property
     def optim(self) -> OptimConfig:
@@ -97,6 +99,7 @@ class StepOptions:
             parallel_rows=2,
             parallel_rounds=min(self.parallel_rounds, 1),
             slow_bf16=True,
+            fused_kernels="torch" if self.fused_kernels == "auto" else self.fused_kernels,
         )
 
     def to_json(self) -> dict[str, Any]:

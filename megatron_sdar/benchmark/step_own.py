@@ -46,12 +46,14 @@ def make_own_step(
     trimmed: bool,
     compute: torch.dtype = torch.float32,
     layout: Layout = ONE_PROCESS,
+    fused_kernels: str = "torch",
 ) -> TrainingStep:
     """A step over fp32 parameters with our initial weights. Needs the process group.
 
     Args:
         trimmed: leave out what the last layer computes for nothing.
         compute: dtype of activations.
+        fused_kernels: as in training, resolved.
     """
     mesh: ParallelMesh = build_mesh(_CPU, layout.tp, layout.pp)
     options = ModelOptions(
@@ -60,6 +62,7 @@ def make_own_step(
         sequence_parallel=layout.tp > 1,
         recompute="none",
         attention_backend="tiled",
+        fused_kernels=fused_kernels,
         trim_last_layer=trimmed,
     )
     modules = build_stages(arch, mesh, options, compute_dtype=compute)

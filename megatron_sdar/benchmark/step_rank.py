@@ -40,7 +40,14 @@ def main(options_file: Path, documents_file: Path, layout_json: str) -> None:
 
 
 def _serve(options: StepOptions, layout: Layout, rows: list[Row]) -> None:
-    step = make_own_step(options.arch, options.optim, options.seed, trimmed=True, layout=layout)
+    step = make_own_step(
+        options.arch,
+        options.optim,
+        options.seed,
+        trimmed=True,
+        layout=layout,
+        fused_kernels=options.fused_kernels,
+    )
     mine = rows[step.mesh.dp_rank :: layout.dp]
     for _ in sys.stdin:
         taken = time_step(lambda: step.run(mine, options.optim.learning_rate).loss)

@@ -21,7 +21,7 @@ def show_step(figures: StepFigures, console: Console | None = None) -> None:
     )
     console.print(_forms_table(figures))
     rates = ", ".join(f"{rate:,.0f} ({name})" for name, rate in figures.product_gflops.items())
-    console.print(f"The floor is a matrix product's rate, GFLOP/s: {rates}.")
+    console.print(f"Best rate of a matrix product, GFLOP/s: {rates}.")
     layouts = Table("layout", "CPU s, all ranks", "CPU s, one process", "ratio", "seconds")
     for each in figures.layouts:
         layouts.add_row(
@@ -49,7 +49,7 @@ def show_step(figures: StepFigures, console: Console | None = None) -> None:
 def _forms_table(figures: StepFigures) -> Table:
     table = Table(
         "rows of", "form", "rows", "fill", "s/step", "rounds", "CPU s", "answer tok/s", "row tok/s",
-        "TFLOP", "MFU", "peak MiB", "beyond state", "process",
+        "TFLOP", "MFU", "of best", "peak MiB", "beyond state", "process",
     )  # fmt: skip
     for form in figures.forms:
         memory = form.memory
@@ -65,6 +65,7 @@ def _forms_table(figures: StepFigures) -> Table:
             f"{form.row_tokens_per_s:,.0f}",
             f"{form.flops / 1e12:.3f}",
             f"{form.mfu:.3f}",
+            f"{form.mfu_of_best:.3f}",
             *(
                 ["", "", ""]
                 if memory is None

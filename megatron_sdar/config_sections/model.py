@@ -33,7 +33,8 @@ class ModelConfig:
         False,
     )
     fused_kernels: str = key(
-        "norms, rotary, SwiGLU and loss; auto: triton on a GPU where its self-check passes",
+        "norms, rotary, SwiGLU and loss; auto: triton on a GPU where its self-check passes; "
+        "inductor: compiled for this CPU when the run starts, with the machine's C++ compiler",
         "auto",
-        choices=("auto", "torch", "triton"),
+        choices=("auto", "torch", "triton", "inductor"),
     )

@@ -23,7 +23,7 @@ class ModelOptions:
         recompute: what backward computes again (recomputation.GRANULARITIES): "full" whole layers,
             "selective" what is elementwise, "none" nothing.
         attention_backend: resolved name (sdar_kernels.attention_backend.choose_backend).
-        fused_kernels: "torch" or "triton" (sdar_kernels.fused_kernels.choose_fused_kernels).
+        fused_kernels: resolved name (sdar_kernels.fused_kernels.choose_fused_kernels).
         attention_config: tile sizes of the triton backend; None: those chosen for the GPU.
         compute_dtype: of the activations; None: dtype. `build_stages` fills it in.
         trim_last_layer: the last decoder layer computes only the tokens that carry loss, beyond

@@ -30,7 +30,7 @@ class KernelChoice:
 
     Attributes:
         attention: resolved attention backend.
-        fused_kernels: "torch" or "triton".
+        fused_kernels: "torch", "triton" or "inductor".
         attention_config: tile sizes found by attention_autotune; None: those chosen beforehand.
         description: names and reasons.
         warning: what makes this run much slower than it could be, or "".

@@ -54,7 +54,7 @@ def test_auto_on_a_gpu_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatc
 
 
 def _checks_on_cpu(checks: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda device, *sizes: checks(CPU, *sizes)
+    return lambda form, device, *sizes: checks(form, CPU, *sizes)
 
 
 def _break(

@@ -1,0 +1,172 @@
+"""RMSNorm, q/k-norm with rotation and SwiGLU as C++ loops that torch.compile makes for a CPU.
+
+Each op is one loop each way, where the torch forms pass over every tile several times. It takes a
+C++ compiler and some seconds of a process's first step (torch keeps what it built on disk), hence
+only on request: fused_kernels: inductor. `rms_norm` and `swiglu` state what the ops compute.
+
+The numbers of tokens and of heads are dynamic: after the first step nothing is built again, but
+for a single token or head, and where torch sums few rows in another way than many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Far above what dtypes and special sizes can ask for; behind it torch stops with an error.
+_MOST_GRAPHS = 64
+
+
+class RmsNorm(torch.autograd.Function):
+    """As `rms_norm.rms_norm`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out, rstd = _rms_norm(eps)(*_inputs(1, rows), weight.detach())
+        ctx.save_for_backward(x, weight, rstd)
+        normed: Tensor = out.view(x.shape)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        run = _compiled(_norm_gradients)
+        grad_x, grad_weight = run(*_inputs(1, grad_rows, rows, rstd), weight.detach())
+        return grad_x.view(x.shape), grad_weight, None
+
+
+class QkNormRope(torch.autograd.Function):
+    """As `rms_norm.qk_norm_rope`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        tables = _inputs(1, cos, sin)
+        out, rstd = _qk_norm_rope(eps)(*_inputs(2, x), *tables, weight.detach())
+        ctx.save_for_backward(x, weight, rstd, cos, sin)
+        rotated: Tensor = out
+        return rotated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, rstd, cos, sin = ctx.saved_tensors
+        grads, tables = _inputs(2, grad, x, rstd), _inputs(1, cos, sin)
+        run = _compiled(_qk_gradients)
+        grad_x, grad_weight = run(*grads, *tables, weight.detach())
+        return grad_x, grad_weight, None, None, None
+
+
+class Swiglu(torch.autograd.Function):
+    """As `swiglu.swiglu`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        out: Tensor = _compiled(_swiglu)(*_inputs(1, gate.reshape(-1), up.reshape(-1)))
+        return out.view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        flat = (each.reshape(-1) for each in (grad, gate, up))
+        grad_gate, grad_up = _compiled(_swiglu_gradients)(*_inputs(1, *flat))
+        return grad_gate.view(gate.shape), grad_up.view(up.shape)
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Kept, so that all layers share its graphs.
+    compile_function: Any = torch.compile  # its stubs do not know recompile_limit
+    compiled: Callable[..., Any] = compile_function(
+        function, fullgraph=True, recompile_limit=_MOST_GRAPHS
+    )
+    return compiled
+
+
+@lru_cache
+def _rms_norm(eps: float) -> Callable[..., Any]:
+    def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rstd = _rstd(_wide(x), eps)
+        return _scaled(x, rstd, weight), rstd
+
+    return _compiled(rms_norm)
+
+
+@lru_cache
+def _qk_norm_rope(eps: float) -> Callable[..., Any]:
+    def qk_norm_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rstd = _rstd(_wide(x), eps)
+        normed = _scaled(x, rstd, weight)
+        first, second = normed.chunk(2, dim=-1)
+        return normed * cos + torch.cat((-second, first), dim=-1) * sin, rstd
+
+    return _compiled(qk_norm_rope)
+
+
+def _norm_gradients(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """With n = x * rstd and g = weight * grad: rstd * (g - n * mean(g * n)), sum(grad * n)."""
+    normed = _wide(x) * rstd
+    # As the forward pass: the weight met the rounded value.
+    products = _wide(grad) * _wide(normed.to(x.dtype))
+    mean = (products * _wide(weight)).mean(-1, keepdim=True)
+    grad_x = (_wide(grad) * _wide(weight) - normed * mean) * rstd
+    grad_weight = products.flatten(0, -2).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def _qk_gradients(
+    grad: Tensor, x: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    first, second = (grad * sin).chunk(2, dim=-1)
+    return _norm_gradients(grad * cos + torch.cat((second, -first), dim=-1), x, rstd, weight)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_up = grad * torch.nn.functional.silu(gate)
+    # Of one sigmoid, which both gradients share.
+    wide = _wide(gate)
+    share = torch.sigmoid(wide)
+    slope = share + wide * share * (1 - share)
+    return (_wide(grad) * _wide(up) * slope).to(gate.dtype), grad_up
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rstd(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+def _scaled(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return (_wide(x) * rstd).to(x.dtype) * weight
+
+
+def _inputs(num_dynamic: int, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as a graph takes them: no gradient, contiguous, the first dims of any size.
+
+    A graph is bound to all that is not said to be dynamic, strides and requires_grad too.
+    """
+    inputs = []
+    for tensor in tensors:
+        plain = tensor.detach().contiguous()
+        for dim in range(num_dynamic):
+            if plain.shape[dim] > 1:
+                torch._dynamo.mark_dynamic(plain, dim)
+        inputs.append(plain)
+    return inputs

@@ -1,0 +1,202 @@
+"""What Inductor builds computes what the torch forms do, and is built once.
+
+Run in a process of its own by test_inductor_kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.layouts import Layout
+from sdar_kernels import fused_kernels, inductor_kernels
+from sdar_kernels.fused_kernels import choose_fused_kernels
+from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
+from sdar_kernels.swiglu import swiglu
+from torch import Tensor
+from torch._dynamo.utils import counters
+from unit.packings import pack, random_document
+
+from megatron_sdar.model.options import ModelOptions
+from megatron_sdar.model.partition import build_stages
+from megatron_sdar.model.weights import initialize, materialize
+from megatron_sdar.parallel.mesh import build_mesh
+from megatron_sdar.training.batch import to_device
+
+EPS = 1e-5
+WIDTH, HEADS, HEAD_DIM = 48, 3, 16
+# bf16: C++ keeps more digits between the operations that it joins.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 48, "head_dim": 16, "intermediate_size": 64, "vocab_size": 100}
+
+
+def _normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (values * 2).to(dtype)
+
+
+def _rms_norm(impl: str, x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, EPS, impl)
+
+
+def _qk_norm_rope(impl: str, x: Tensor, weight: Tensor) -> Tensor:
+    tables = rotary_tables(torch.arange(x.shape[0]), x.shape[-1], 1e4, x.dtype)
+    return qk_norm_rope(x, weight, EPS, *tables, impl)
+
+
+def _swiglu(impl: str, gate: Tensor, up: Tensor) -> Tensor:
+    return swiglu(gate, up, impl)
+
+
+def _leaves(run: Callable[..., Tensor], tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    if run is _swiglu:
+        return [_normal(tokens, WIDTH, dtype=dtype, seed=seed) for seed in range(2)]
+    shape = (WIDTH,) if run is _rms_norm else (HEADS, HEAD_DIM)
+    x = _normal(tokens, *shape, dtype=dtype, seed=0)
+    return [x, _normal(shape[-1], dtype=dtype, seed=1) / 4 + 1]
+
+
+def _results(run: Callable[..., Tensor], impl: str, leaves: list[Tensor]) -> list[Tensor]:
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = run(impl, *leaves)
+    upstream = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def _compare(run: Callable[..., Tensor], leaves: list[Tensor]) -> None:
+    ours, theirs = (_results(run, impl, leaves) for impl in ("inductor", "torch"))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        allowed = TOLERANCE[actual.dtype] * scale
+        assert torch.allclose(actual, expected, rtol=0, atol=allowed)
+
+
+OPS = [_rms_norm, _qk_norm_rope, _swiglu]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("run", OPS)
+def test_it_computes_what_the_torch_form_does(
+    run: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    for tokens in (700, 67, 1, 0):
+        _compare(run, _leaves(run, tokens, dtype))
+
+
+def test_views_and_expanded_gradients() -> None:
+    gate, up = _normal(67, 160, dtype=torch.float64, seed=0).chunk(2, dim=-1)
+    _compare(_swiglu, [gate, up])
+    joined = _normal(67, 2 * HEADS * HEAD_DIM, dtype=torch.float64, seed=2)
+    heads = joined[:, : HEADS * HEAD_DIM].view(67, HEADS, HEAD_DIM)
+    _compare(_qk_norm_rope, [heads, _normal(HEAD_DIM, dtype=torch.float64, seed=1)])
+    x = _normal(2, 35, WIDTH, dtype=torch.float64, seed=3).requires_grad_()
+    weight = torch.ones(WIDTH, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(rms_norm(x, weight, EPS, impl).sum(), x)[0]
+        for impl in ("inductor", "torch")
+    )
+    assert (ours - theirs).abs().max() < 1e-13
+
+
+def test_nothing_is_built_again_for_other_numbers_of_tokens_and_heads() -> None:
+    def work(tokens: int, heads: int) -> None:
+        for run in OPS:
+            leaves = _leaves(run, tokens, torch.float64)
+            if run is _qk_norm_rope:
+                leaves[0] = _normal(tokens, heads, HEAD_DIM, dtype=torch.float64, seed=4)
+            _results(run, "inductor", leaves)
+
+    work(3000, 3)
+    work(40, 3)
+    before = counters["stats"]["unique_graphs"]
+    assert before >= 6
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens, heads in ((41, 3), (3500, 2), (77, 8), (1536, 4)):
+            work(tokens, heads)
+    with torch.no_grad():
+        rms_norm(torch.ones(50, WIDTH, dtype=torch.float64), torch.ones(WIDTH).double(), EPS)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_the_self_check_passes_it() -> None:
+    chosen = choose_fused_kernels("inductor", CPU, torch.float32, **SIZES)
+    assert chosen == ("inductor", "its self-check passed")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "direction", "index"),
+    [
+        ("rms_norm", "RmsNorm", "forward", 0),
+        ("qk_norm_rope", "QkNormRope", "backward", 1),
+        ("swiglu", "Swiglu", "backward", 0),
+    ],
+)
+def test_the_self_check_catches_a_wrong_one(
+    op: str, name: str, direction: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = getattr(getattr(inductor_kernels, name), direction)
+
+    def broken(ctx: Any, *inputs: Any) -> Any:
+        result = sound(ctx, *inputs)
+        if isinstance(result, Tensor):
+            return result * 1.01
+        return tuple(x * 1.01 if place == index else x for place, x in enumerate(result))
+
+    monkeypatch.setattr(getattr(inductor_kernels, name), direction, staticmethod(broken))
+    with pytest.raises(ValueError, match=rf"inductor failed: {op}: .* off by 1e-02"):
+        choose_fused_kernels("inductor", CPU, torch.float32, **SIZES)
+
+
+def test_it_is_built_for_many_tokens() -> None:
+    """Of few, Inductor would leave a loop to one thread on a machine of many, for good."""
+    sizes = (torch.float32, *SIZES.values())
+    checks = fused_kernels._checks("inductor", CPU, *sizes)
+    assert [check.op for check in checks] == ["rms_norm", "qk_norm_rope", "swiglu"]
+    assert all(check.leaves[0].shape[0] >= 2048 for check in checks)
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _loss_and_gradients(impl: str, recompute: str) -> list[Tensor]:
+    arch = Layout("inductor").arch
+    options = ModelOptions(1024, torch.float64, False, recompute, "tiled", impl)
+    stages = build_stages(replace(arch, vocab_size=1003), build_mesh(CPU, 1, 1), options)
+    materialize(stages, CPU)
+    initialize(stages, seed=11)
+    row = pack([random_document(np.random.default_rng(2), 4, 6, drop=False)], 4, 5).row
+    loss = stages[0](None, to_device(row, CPU, 0.1))
+    loss.backward()
+    return [loss.detach(), *(weight.grad._local_tensor for weight in stages[0].parameters())]
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_model_is_the_same(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _loss_and_gradients("torch", recompute)
+    calls = []
+    for name in ("RmsNorm", "QkNormRope", "Swiglu"):
+        sound = getattr(inductor_kernels, name).backward
+
+        def counted(ctx: Any, grad: Tensor, sound: Any = sound, name: str = name) -> Any:
+            calls.append(name)
+            return sound(ctx, grad)
+
+        monkeypatch.setattr(getattr(inductor_kernels, name), "backward", staticmethod(counted))
+    actual = _loss_and_gradients("inductor", recompute)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12 * max(1.0, float(theirs.abs().max()))
+    layers = Layout("inductor").arch.num_hidden_layers
+    found = [calls.count(name) for name in ("RmsNorm", "QkNormRope", "Swiglu")]
+    assert found == [2 * layers + 1, 2 * layers, layers]
