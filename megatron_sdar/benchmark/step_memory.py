@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_sdar.benchmark.step_forms import PEER, Form, make_form
 from megatron_sdar.benchmark.step_kernels import build_kernels
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.diffusion.noise import NoiseDraw
-from megatron_sdar.parallel.host_memory import keep_freed_memory
+from megatron_sdar.parallel.host_memory import keep_freed_memory, return_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 from megatron_sdar.training.resident_memory import resident_mb
 
@@ -62,11 +63,13 @@ def _measure_here(
         keep_freed_memory()  # as pretrain_sdar.py
     start_process_group(LaunchInfo(0, 0, 1), "cpu", "gloo", 600)
     # A toy model first: code that libraries load on first use belongs to no form, nor do compiled
-    # kernels.
+    # kernels. The form gets none of their memory.
     if name != PEER:
         build_kernels(options)
     toy = options.quick()
     _first_step(make_form(name, toy, None), toy)
+    gc.collect()
+    return_freed_memory()
     process_mb = resident_mb("VmRSS")
     form = make_form(name, options, None)
     # A tiny step: the peer makes its optimizer state in it.

@@ -28,3 +28,11 @@ def keep_freed_memory() -> bool:
     # The second alone would stop glibc from raising its mmap threshold above 128 KiB.
     nothing_is_mapped = bool(library.mallopt(_M_MMAP_MAX, 0))
     return nothing_is_mapped and bool(library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> bool:
+    """Give what is freed so far back to the system once; False where malloc cannot (not glibc)."""
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
+    return hasattr(library, "malloc_trim") and bool(library.malloc_trim(0))

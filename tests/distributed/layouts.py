@@ -143,6 +143,13 @@ FLEX = [
 TRITON = [
     Layout("tp2_sp_triton", tp=2, sequence_parallel=True, backend="triton", fused="triton"),
 ]
+# Elementwise operations compiled by Inductor.
+INDUCTOR = [
+    Layout("one_process_inductor", fused="inductor"),
+    Layout("tp2_sp_selective_inductor", tp=2, sequence_parallel=True, recompute="selective", fused="inductor"),
+    Layout("pp2_recompute_inductor", pp=2, recompute="full", fused="inductor"),
+    Layout("dp2_zero3_inductor", dp=2, strategy="optim_grads_params", fused="inductor"),
+]
 # Every layout of the list with each backend: a proof of half an hour.
 EVERY_FLEX = [
     replace(layout, name=f"every_{layout.name}_flex", backend="flex") for layout in LAYOUTS

@@ -1,7 +1,7 @@
 """The equality suite with each attention backend, and with all fused kernels.
 
-On CPU, Triton's kernels run in its interpreter and FlexAttention uncompiled; both in fp64, so the
-oracle's tolerances hold unchanged.
+On CPU, Triton's kernels run in its interpreter and FlexAttention uncompiled; these and Inductor's
+kernels in fp64, so the oracle's tolerances hold unchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from distributed.layouts import (
     EVERY_FLEX,
     EVERY_TRITON,
     FLEX,
+    INDUCTOR,
     TRITON,
     Layout,
     mismatches,
@@ -67,6 +68,19 @@ def test_flex_equals_oracle(layout: Layout, flex: Path) -> None:
 @pytest.mark.parametrize("layout", TRITON, ids=lambda layout: layout.name)
 def test_triton_equals_oracle(layout: Layout, triton: Path) -> None:
     result = read_result(layout, triton)
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+
+
+@pytest.fixture(scope="module")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(INDUCTOR, tmp_path_factory.mktemp("inductor"), {})
+
+
+@pytest.mark.backends
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", INDUCTOR, ids=lambda layout: layout.name)
+def test_inductor_equals_oracle(layout: Layout, inductor: Path) -> None:
+    result = read_result(layout, inductor)
     assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 

@@ -1,4 +1,4 @@
-"""What a CPU rank frees is there for its next micro-batch, without page faults."""
+"""What a CPU rank frees is there for its next micro-batch, without page faults; or is given back."""
 
 from __future__ import annotations
 
@@ -43,3 +43,29 @@ def test_freed_memory_is_used_again() -> None:
     pages = 4 * 148 * 256
     assert _faults("default") > pages * 3 // 4
     assert _faults("kept") < pages // 2
+
+
+RETURNED = """
+import torch
+from megatron_sdar.parallel.host_memory import keep_freed_memory, return_freed_memory
+from megatron_sdar.training.resident_memory import resident_mb
+
+keep_freed_memory()
+before = resident_mb("VmRSS")
+tensors = [torch.ones(4 * 2**18) for _ in range(50)]
+held = torch.ones(8)  # behind them, so that the end of the heap is in use
+del tensors
+freed = resident_mb("VmRSS") - before
+assert return_freed_memory()
+print(freed, resident_mb("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_freed_memory_is_given_back_when_asked() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True
+    )
+    freed, returned = map(float, done.stdout.split())
+    assert freed > 190
+    assert returned < 20
