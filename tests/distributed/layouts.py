@@ -146,7 +146,13 @@ TRITON = [
 # Elementwise operations compiled by Inductor.
 INDUCTOR = [
     Layout("one_process_inductor", fused="inductor"),
-    Layout("tp2_sp_selective_inductor", tp=2, sequence_parallel=True, recompute="selective", fused="inductor"),
+    Layout(
+        "tp2_sp_selective_inductor",
+        tp=2,
+        sequence_parallel=True,
+        recompute="selective",
+        fused="inductor",
+    ),
     Layout("pp2_recompute_inductor", pp=2, recompute="full", fused="inductor"),
     Layout("dp2_zero3_inductor", dp=2, strategy="optim_grads_params", fused="inductor"),
 ]

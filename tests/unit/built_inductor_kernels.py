@@ -30,8 +30,8 @@ from megatron_sdar.training.batch import to_device
 
 EPS = 1e-5
 WIDTH, HEADS, HEAD_DIM = 48, 3, 16
-# bf16: C++ keeps more digits between the operations that it joins.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# fp32 is what the self-check below compares. bf16: C++ keeps more digits between operations.
+TOLERANCE = {torch.float64: 1e-13, torch.bfloat16: 2e-2}
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 48, "head_dim": 16, "intermediate_size": 64, "vocab_size": 100}
 
@@ -86,7 +86,8 @@ OPS = [_rms_norm, _qk_norm_rope, _swiglu]
 def test_it_computes_what_the_torch_form_does(
     run: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
-    for tokens in (700, 67, 1, 0):
+    # Each of the special numbers has graphs of its own, which take seconds to build.
+    for tokens in (700, 67, 1, 0) if dtype == torch.float64 else (700, 67):
         _compare(run, _leaves(run, tokens, dtype))
 
 

@@ -1,4 +1,4 @@
-"""What a CPU rank frees is there for its next micro-batch, without page faults; or is given back."""
+"""What a CPU rank frees is there for its next micro-batch, or given back when asked."""
 
 from __future__ import annotations
 
