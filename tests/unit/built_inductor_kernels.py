@@ -159,8 +159,29 @@ def test_it_is_built_for_many_tokens() -> None:
     """Of few, Inductor would leave a loop to one thread on a machine of many, for good."""
     sizes = (torch.float32, *SIZES.values())
     checks = fused_kernels._checks("inductor", CPU, *sizes)
-    assert [check.op for check in checks] == ["rms_norm", "qk_norm_rope", "swiglu"]
-    assert all(check.leaves[0].shape[0] >= 2048 for check in checks)
+    ops = ["rms_norm", "qk_norm_rope", "swiglu"]
+    assert [check.op for check in checks] == ops * 2
+    assert all(check.leaves[0].shape[0] >= 2048 for check in checks[:3])
+    assert all(check.leaves[0].shape[0] < 100 for check in checks[3:])
+
+
+def test_a_step_builds_nothing_that_the_self_check_has_not() -> None:
+    sizes = {**SIZES, "head_dim": 64}  # wide enough for Inductor to split sums over many rows
+    torch._dynamo.reset()  # what other tests built
+    choose_fused_kernels("inductor", CPU, torch.float32, **sizes)
+    before = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens, heads in ((1536, 8), (1536, 4), (380, 8), (8, 4)):
+            x = _normal(tokens, sizes["hidden_size"], dtype=torch.float32, seed=0)
+            q = _normal(tokens, heads, sizes["head_dim"], dtype=torch.float32, seed=1)
+            gate = _normal(tokens, sizes["intermediate_size"], dtype=torch.float32, seed=2)
+            for run, leaves in (
+                (fused_kernels._run_rms_norm, [x, x[0]]),
+                (fused_kernels._run_qk_norm_rope, [q, q[0, 0]]),
+                (_swiglu, [gate, gate]),
+            ):
+                _results(run, "inductor", leaves)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 @pytest.fixture
