@@ -5,34 +5,23 @@ Run in a process of its own by test_inductor_kernels.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed.layouts import Layout
 from sdar_kernels import fused_kernels, inductor_kernels
 from sdar_kernels.fused_kernels import choose_fused_kernels
 from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu
 from torch import Tensor
 from torch._dynamo.utils import counters
-from unit.packings import pack, random_document
-
-from megatron_sdar.model.options import ModelOptions
-from megatron_sdar.model.partition import build_stages
-from megatron_sdar.model.weights import initialize, materialize
-from megatron_sdar.parallel.mesh import build_mesh
-from megatron_sdar.training.batch import to_device
+from unit.small_model import ARCH, CPU, assert_same, loss_and_gradients, one_process
 
 EPS = 1e-5
 WIDTH, HEADS, HEAD_DIM = 48, 3, 16
 # fp32 is what the self-check below compares. bf16: C++ keeps more digits between operations.
 TOLERANCE = {torch.float64: 1e-13, torch.bfloat16: 2e-2}
-CPU = torch.device("cpu")
 SIZES = {"hidden_size": 48, "head_dim": 16, "intermediate_size": 64, "vocab_size": 100}
 
 
@@ -184,29 +173,10 @@ def test_a_step_builds_nothing_that_the_self_check_has_not() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def _loss_and_gradients(impl: str, recompute: str) -> list[Tensor]:
-    arch = Layout("inductor").arch
-    options = ModelOptions(1024, torch.float64, False, recompute, "tiled", impl)
-    stages = build_stages(replace(arch, vocab_size=1003), build_mesh(CPU, 1, 1), options)
-    materialize(stages, CPU)
-    initialize(stages, seed=11)
-    row = pack([random_document(np.random.default_rng(2), 4, 6, drop=False)], 4, 5).row
-    loss = stages[0](None, to_device(row, CPU, 0.1))
-    loss.backward()
-    return [loss.detach(), *(weight.grad._local_tensor for weight in stages[0].parameters())]
-
-
-@pytest.mark.usefixtures("_one_process")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_the_model_is_the_same(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _loss_and_gradients("torch", recompute)
+    with one_process():
+        expected = loss_and_gradients("torch", recompute, "tiled")
     calls = []
     for name in ("RmsNorm", "QkNormRope", "Swiglu"):
         sound = getattr(inductor_kernels, name).backward
@@ -216,9 +186,9 @@ def test_the_model_is_the_same(recompute: str, monkeypatch: pytest.MonkeyPatch) 
             return sound(ctx, grad)
 
         monkeypatch.setattr(getattr(inductor_kernels, name), "backward", staticmethod(counted))
-    actual = _loss_and_gradients("inductor", recompute)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-12 * max(1.0, float(theirs.abs().max()))
-    layers = Layout("inductor").arch.num_hidden_layers
+    with one_process():
+        actual = loss_and_gradients("inductor", recompute, "tiled")
+    assert_same(actual, expected)
+    layers = ARCH.num_hidden_layers
     found = [calls.count(name) for name in ("RmsNorm", "QkNormRope", "Swiglu")]
     assert found == [2 * layers + 1, 2 * layers, layers]
