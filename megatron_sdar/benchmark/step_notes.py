@@ -29,7 +29,9 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "memory: peak resident memory of a fresh process over its state before the model was "
         "built, one step over two rows, fp32; of ours the median of three processes. 'beyond "
         "state': over weights and AdamW moments.",
-        "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process.",
+        "cpu ratio: CPU seconds of all ranks (gloo, one thread each) over those of one process. "
+        "apart2: two processes that share nothing, each with half of the micro-batches; what they "
+        "take above 1 is what two busy cores take from each other, in the other layouts too.",
     ]
     shape = options.shape(first)
     fitting = [document for document in corpus.documents if document.ids.size <= first]

@@ -23,15 +23,22 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the step is divided over processes; the rest of the world is data-parallel."""
+    """How the step is divided over processes.
+
+    Attributes:
+        apart: groups of processes that know nothing of each other; each has the whole model and
+            takes its share of the micro-batches.
+    """
 
     name: str
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    apart: int = 1
 
     @property
     def world(self) -> int:
+        """Processes of one group."""
         return self.tp * self.pp * self.dp
 
 

@@ -28,14 +28,15 @@ from megatron_sdar.parallel.mesh import (
 _TIMEOUT_SECONDS = 600
 
 
-def main(options_file: Path, documents_file: Path, layout_json: str) -> None:
-    """Serve steps until stdin ends."""
+def main(options_file: Path, documents_file: Path, layout_json: str, group: int) -> None:
+    """Serve steps until stdin ends, as a rank of one of the layout's groups."""
     torch.set_num_threads(1)
     keep_freed_memory()
     options = StepOptions.from_json(json.loads(options_file.read_text(encoding="utf-8")))
+    layout = Layout(**json.loads(layout_json))
     rows = options.shape(options.lengths[0]).kept_rows(load_documents(documents_file))
     start_process_group(read_launch_info(), "cpu", "gloo", _TIMEOUT_SECONDS)
-    _serve(options, Layout(**json.loads(layout_json)), rows)
+    _serve(options, layout, rows[group :: layout.apart])
     stop_process_group()
 
 
@@ -56,4 +57,4 @@ def _serve(options: StepOptions, layout: Layout, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -22,13 +22,16 @@ def show_step(figures: StepFigures, console: Console | None = None) -> None:
     console.print(_forms_table(figures))
     rates = ", ".join(f"{rate:,.0f} ({name})" for name, rate in figures.product_gflops.items())
     console.print(f"Best rate of a matrix product, GFLOP/s: {rates}.")
-    layouts = Table("layout", "CPU s, all ranks", "CPU s, one process", "ratio", "seconds")
+    layouts = Table(
+        "layout", "CPU s, all ranks", "CPU s, one process", "ratio", "over apart2", "seconds"
+    )
     for each in figures.layouts:
         layouts.add_row(
             each.layout,
             f"{each.cpu_seconds:,.2f}",
             f"{each.one_process_seconds:,.2f}",
             f"{each.cpu_ratio:.3f}",
+            f"{each.over_apart:.3f}",
             f"{each.seconds:,.2f}",
         )
     if figures.layouts:

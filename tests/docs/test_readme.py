@@ -213,8 +213,10 @@ def loss_was_measured(checkout: Path, result: Result) -> None:
 
 def step_was_measured(checkout: Path, result: Result) -> None:
     figures = json.loads((checkout / "demo/step.json").read_text())
-    for name in ("speedup_vs_peer_256", "floor_share_fp32", "memory_vs_peer_256", "tp2_cpu_ratio"):
-        assert figures[name] > 0
+    names = ["speedup_vs_peer_256", "floor_share_fp32", "memory_vs_peer_256"]
+    names += [f"{layout}_cpu_ratio" for layout in ("apart2", "tp2", "pp2", "dp2")]
+    assert all(figures[name] > 0 for name in names)
+    assert all(layout["over_apart"] > 0 for layout in figures["layouts"])
     assert "answer tokens/s" in result.stdout
     assert (checkout / "demo/step.png").stat().st_size > 1000
 

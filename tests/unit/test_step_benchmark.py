@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,10 +17,12 @@ import torch
 from distributed.command import run_python
 from sdar_kernels.reference import dense_mask
 
-from megatron_sdar.benchmark import step
+from megatron_sdar.benchmark import step, step_parallel
+from megatron_sdar.benchmark.step_clock import StepTime
 from megatron_sdar.benchmark.step_data import Corpus, Document, load_documents, save_documents
 from megatron_sdar.benchmark.step_forms import EXACT, EXACT_BF16, PAPER, PEER, measured_forms
 from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_own import ONE_PROCESS, Layout
 from megatron_sdar.benchmark.step_peer import dense_row_mask, peer_rows
 from megatron_sdar.benchmark.step_rows import RowShape, choose_documents
 from megatron_sdar.diffusion.noise import NoiseDraw
@@ -221,6 +224,29 @@ def test_what_is_known_is_kept_when_a_later_part_fails() -> None:
     ):
         step.measure_step(options, corpus, print, kept.append)
     assert [each.ratios for each in kept] == [first.ratios, second.ratios]
+
+
+@pytest.mark.parametrize(
+    ("losses", "apart", "sound"),
+    [
+        ([2.0, 2.0], 1, True),
+        ([2.0, 2.1], 1, False),
+        ([2.1, 2.1], 1, False),
+        ([1.9, 2.2], 2, True),
+        ([2.1, 2.1], 2, False),  # both took the same half
+        ([2.1, 2.2], 2, False),
+        ([1.8, 1.9], 2, False),
+    ],
+)
+def test_layouts_of_another_loss_are_not_measured(
+    losses: list[float], apart: int, sound: bool
+) -> None:
+    known: dict[str, float] = {}
+    step_parallel._check_loss([StepTime(1.0, 1.0, 2.0)], known, ONE_PROCESS)
+    ranks = [StepTime(1.0, 1.0, loss) for loss in losses]
+    refused = pytest.raises(ValueError, match=r"dp2 has loss \[.*one process 2\.0: not the same")
+    with nullcontext() if sound else refused:
+        step_parallel._check_loss(ranks, known, Layout("dp2", apart=apart))
 
 
 def test_layouts_can_be_left_out() -> None:
