@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdar_kernels import reference
 from sdar_kernels.linear_cross_entropy import linear_cross_entropy
 from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
-from sdar_kernels.swiglu import swiglu
+from sdar_kernels.swiglu import swiglu, swiglu_gradients
 from sdar_kernels.triton_runtime import why_no_triton
 
 FUSED_KERNELS = ("auto", "torch", "triton", "inductor")
@@ -158,13 +160,19 @@ def _checks(
     x, scale = normal(tokens, hidden_size), normal(hidden_size, std=0.2, mean=1.0)
     heads, head_scale = normal(tokens, _HEADS, head_dim), normal(head_dim, std=0.2, mean=1.0)
     gate, up = normal(tokens, columns, std=2.0), normal(tokens, columns)
+    columns_scale = normal(columns, std=0.2, mean=1.0)
     checks = [
         check
         for rows in ((tokens, _FEW_TOKENS) if form == "inductor" else (tokens,))
         for check in (
             _Check("rms_norm", ("x", "weight"), (x[:rows], scale), _run_rms_norm),
             _Check("qk_norm_rope", ("x", "weight"), (heads[:rows], head_scale), _run_qk_norm_rope),
-            _Check("swiglu", ("gate", "up"), (gate[:rows], up[:rows]), _run_swiglu),
+            _Check(
+                "swiglu",
+                ("gate", "up", "scale"),
+                (gate[:rows], up[:rows], columns_scale),
+                _run_swiglu,
+            ),
         )
     ]
     if form == "triton":
@@ -189,8 +197,28 @@ def _run_qk_norm_rope(impl: str, x: Tensor, weight: Tensor) -> Tensor:
     return qk_norm_rope(x, weight, _EPS, *tables, impl)
 
 
-def _run_swiglu(impl: str, gate: Tensor, up: Tensor) -> Tensor:
-    return reference.swiglu(gate, up) if impl == "reference" else swiglu(gate, up, impl)
+class _ScaledSwiglu(torch.autograd.Function):
+    """swiglu(gate, up) * scale, which reads all that the kernels make: [T, I], [T, I], [I]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, scale: Tensor, impl: str) -> Tensor:
+        ctx.save_for_backward(gate, up, scale)
+        ctx.impl = impl
+        return swiglu(gate, up, impl) * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        gate, up, scale = ctx.saved_tensors
+        grad_gate, grad_up, activated = swiglu_gradients(grad * scale, gate, up, ctx.impl)
+        return grad_gate, grad_up, (grad * activated).sum(0), None
+
+
+def _run_swiglu(impl: str, gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    if impl == "reference":
+        return reference.swiglu(gate, up) * scale
+    out: Tensor = _ScaledSwiglu.apply(gate, up, scale, impl)
+    return out
 
 
 def _run_cross_entropy(targets: Tensor, impl: str, hidden: Tensor, weight: Tensor) -> Tensor:

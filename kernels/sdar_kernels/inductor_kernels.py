@@ -66,22 +66,17 @@ class QkNormRope(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-class Swiglu(torch.autograd.Function):
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `swiglu.swiglu`."""
+    out: Tensor = _compiled(_swiglu)(*_inputs(1, gate.reshape(-1), up.reshape(-1)))
+    return out.view(gate.shape)
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        out: Tensor = _compiled(_swiglu)(*_inputs(1, gate.reshape(-1), up.reshape(-1)))
-        return out.view(gate.shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        flat = (each.reshape(-1) for each in (grad, gate, up))
-        grad_gate, grad_up = _compiled(_swiglu_gradients)(*_inputs(1, *flat))
-        return grad_gate.view(gate.shape), grad_up.view(up.shape)
+def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `swiglu.swiglu_gradients`."""
+    flat = (each.reshape(-1) for each in (grad, gate, up))
+    grad_gate, grad_up, product = _compiled(_swiglu_gradients)(*_inputs(1, *flat))
+    return grad_gate.view(gate.shape), grad_up.view(gate.shape), product.view(gate.shape)
 
 
 @lru_cache
@@ -136,13 +131,13 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_up = grad * torch.nn.functional.silu(gate)
-    # Of one sigmoid, which both gradients share.
+def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # All of one sigmoid.
     wide = _wide(gate)
     share = torch.sigmoid(wide)
+    silu = (wide * share).to(gate.dtype)
     slope = share + wide * share * (1 - share)
-    return (_wide(grad) * _wide(up) * slope).to(gate.dtype), grad_up
+    return (_wide(grad) * _wide(up) * slope).to(gate.dtype), grad * silu, silu * up
 
 
 def _wide(x: Tensor) -> Tensor:

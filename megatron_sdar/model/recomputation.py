@@ -1,8 +1,8 @@
 """Selective activation recomputation: cheap results are made again in backward, not kept.
 
-What costs a matrix product or attention is kept; norms, rotated queries and keys, and SwiGLU's
-output are elementwise and take half of a layer's activations, so those are recomputed. Done by
-hooks on what operations save, so any kernel that keeps its inputs takes part.
+What costs a matrix product or attention is kept; norms and rotated queries and keys are
+elementwise, so those are recomputed (SwiGLU's output is never kept, see parallel.projections). Done
+by hooks on what operations save, so any kernel that keeps its inputs takes part.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from sdar_kernels.rms_norm import rms_norm, rotary_tables
-from sdar_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -40,7 +39,7 @@ from megatron_sdar.parallel.layers import (
     VocabParallelEmbedding,
 )
 from megatron_sdar.parallel.local_weights import held_gradient, local_weight
-from megatron_sdar.parallel.projections import column_parallel_projections
+from megatron_sdar.parallel.projections import column_parallel_projections, project_swiglu
 from megatron_sdar.parallel.sharding import local_tensor
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -65,7 +64,6 @@ class SdarMLP(nn.Module):
         dtype = options.dtype
         self.tp = tp
         self.sequence_parallel = options.sequence_parallel and tp.size() > 1
-        self.recompute = options.recompute
         self.fused_kernels = options.fused_kernels
         self.gate_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.up_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
@@ -79,10 +77,8 @@ class SdarMLP(nn.Module):
         weights = [proj.product(dropout_seed) for proj in (self.gate_proj, self.up_proj)]
         group, split = self.tp.get_group(), self.sequence_parallel
         gate, up = column_parallel_projections(x, weights, group, split)
-        activated = swiglu(gate, up, self.fused_kernels)
-        skipped = (activated, lambda: swiglu(gate, up, self.fused_kernels))
-        with not_kept(skipped) if self.recompute == "selective" else nullcontext():
-            return self.down_proj(activated, dropout_seed)
+        down = self.down_proj.product(dropout_seed)
+        return project_swiglu(gate, up, down, self.fused_kernels)
 
 
 class SdarDecoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Several column-parallel projections of one input, as one step of autograd.
+"""Column-parallel projections of one input, and the projection of SwiGLU: steps of autograd.
 
 q, k and v read the same tokens, and so do gate and up. Together they gather those tokens once,
 sum the input's gradient inside the products instead of by extra additions, keep only this rank's
@@ -6,6 +6,9 @@ tokens for backward, and run backward's collectives beside products: gathering t
 beside the input's gradient, summing that gradient over tp beside the weights' gradients (as
 Megatron's LinearWithGradAccumulationAndAsyncCommunication does). Weights stay separate
 parameters, so names in checkpoints do not change. Frozen weights cost no product for a gradient.
+
+The MLP's way out keeps gate and up but not their product, half as much again: the pass that makes
+their gradients makes it once more, just before the weight's gradient reads it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sdar_kernels.swiglu import swiglu, swiglu_gradients
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sdar.parallel.collectives import (
+    Exchange,
     Group,
     all_gather_tokens,
     start_all_gather,
+    start_all_reduce,
     start_reduce_scatter,
 )
 from megatron_sdar.parallel.local_weights import ProductWeight
@@ -57,6 +63,20 @@ def project(x: Tensor, weight: ProductWeight) -> Tensor:
     return column_parallel_projections(x, [weight], None, False)[0]
 
 
+def project_swiglu(gate: Tensor, up: Tensor, weight: ProductWeight, impl: str) -> Tensor:
+    """(silu(gate) * up) W^T with this rank's shard W. No collective.
+
+    Kept for backward: gate and up.
+
+    Args:
+        gate, up: [T, this rank's part of the intermediate size].
+        weight: its low-rank update included.
+        impl: fused_kernels, resolved.
+    """
+    out: Tensor = _SwigluProjection.apply(gate, up, weight, impl, *weight.parameters)
+    return out
+
+
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,13 +93,7 @@ class _Projections(torch.autograd.Function):
         ctx.weights = weights
         ctx.wanted = _wanted(ctx.needs_input_grad[4:], weights)
         whole = all_gather_tokens(x, ctx.group) if ctx.split else x
-        outputs, reduced = [], []
-        for weight in weights:
-            out = torch.mm(whole, weight.local().t())
-            if weight.update is not None:
-                reduced.append(weight.update.reduced(whole))
-                weight.update.add_output(reduced[-1], out)
-            outputs.append(out)
+        outputs, reduced = _outputs(weights, whole)
         # Frozen weights need neither the input nor, in backward, the gathering of it.
         ctx.keeps_input = any(wanted.weight or wanted.down for wanted in ctx.wanted)
         ctx.save_for_backward(*([x] if ctx.keeps_input else []), *reduced)
@@ -91,36 +105,88 @@ class _Projections(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         whole = saved.pop(0) if ctx.keeps_input else None
         weights: Sequence[ProductWeight] = ctx.weights
-        gathering: dist.Work | None = None
+        gathering: Exchange | None = None
         if ctx.split and whole is not None:
-            whole, gathering = start_all_gather(whole, ctx.group)
-        upstreams = [
-            None if weight.update is None else weight.update.upstream(grad)
-            for weight, grad in zip(weights, grads, strict=True)
-        ]
+            gathering = start_all_gather(whole, ctx.group)
+        upstreams = _upstreams(weights, grads)
         grad_x: Tensor | None = None
-        summing: dist.Work | None = None
+        summing: Exchange | None = None
         if ctx.needs_input_grad[0]:
-            partial = _input_gradient(weights, grads, upstreams)
-            grad_x = partial
-            if ctx.split:
-                grad_x, summing = start_reduce_scatter(partial, ctx.group)
-            elif ctx.group is not None:
-                summing = dist.all_reduce(partial, group=ctx.group, async_op=True)
+            grad_x = _input_gradient(weights, grads, upstreams)
+            if ctx.group is not None:
+                start = start_reduce_scatter if ctx.split else start_all_reduce
+                summing = start(grad_x, ctx.group)
         if gathering is not None:
-            gathering.wait()
-        gradients: list[Tensor | None] = []
-        for weight, grad, upstream, wanted in zip(
-            weights, grads, upstreams, ctx.wanted, strict=True
-        ):
-            gradients.append(weight.gradient(grad, _kept(whole)) if wanted.weight else None)
-            if weight.update is not None:
-                gradients += _update_gradients(
-                    weight.update, grad, _kept(upstream), whole, saved.pop(0), wanted
-                )
+            whole = gathering.wait()
+        gradients = _weight_gradients(weights, grads, upstreams, whole, saved, ctx.wanted)
         if summing is not None:
-            summing.wait()
+            grad_x = summing.wait()
         return (grad_x, None, None, None, *gradients)
+
+
+class _SwigluProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: ProductWeight, impl: str, *parameters: Tensor
+    ) -> Tensor:
+        ctx.weight, ctx.impl = weight, impl
+        ctx.wanted = _wanted(ctx.needs_input_grad[4:], [weight])
+        (out,), reduced = _outputs([weight], swiglu(gate, up, impl))
+        ctx.save_for_backward(gate, up, *reduced)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *reduced = ctx.saved_tensors
+        weights: list[ProductWeight] = [ctx.weight]
+        upstreams = _upstreams(weights, [grad])
+        if any(ctx.needs_input_grad[:2]):
+            grad_product = _input_gradient(weights, [grad], upstreams)
+            grad_gate, grad_up, product = swiglu_gradients(grad_product, gate, up, ctx.impl)
+        else:
+            grad_gate, grad_up, product = None, None, swiglu(gate, up, ctx.impl)
+        gradients = _weight_gradients(weights, [grad], upstreams, product, reduced, ctx.wanted)
+        return (grad_gate, grad_up, None, None, *gradients)
+
+
+def _outputs(weights: Sequence[ProductWeight], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """[T, columns] of each weight, and what each update's smaller factor makes of x."""
+    outputs, reduced = [], []
+    for weight in weights:
+        out = torch.mm(x, weight.local().t())
+        if weight.update is not None:
+            reduced.append(weight.update.reduced(x))
+            weight.update.add_output(reduced[-1], out)
+        outputs.append(out)
+    return outputs, reduced
+
+
+def _upstreams(weights: Sequence[ProductWeight], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    return [
+        None if weight.update is None else weight.update.upstream(grad)
+        for weight, grad in zip(weights, grads, strict=True)
+    ]
+
+
+def _weight_gradients(
+    weights: Sequence[ProductWeight],
+    grads: Sequence[Tensor],
+    upstreams: Sequence[Tensor | None],
+    x: Tensor | None,
+    reduced: Sequence[Tensor],
+    wanted: Sequence[_Wanted],
+) -> list[Tensor | None]:
+    """Of each weight and of its update's factors; x is None if no wanted gradient reads it."""
+    gradients: list[Tensor | None] = []
+    remaining = iter(reduced)
+    for weight, grad, upstream, asked in zip(weights, grads, upstreams, wanted, strict=True):
+        gradients.append(weight.gradient(grad, _kept(x)) if asked.weight else None)
+        if weight.update is not None:
+            gradients += _update_gradients(
+                weight.update, grad, _kept(upstream), x, next(remaining), asked
+            )
+    return gradients
 
 
 @dataclass(frozen=True)

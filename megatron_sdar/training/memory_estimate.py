@@ -188,8 +188,8 @@ def _activation_bytes(
     key = max(arch.num_key_value_heads / tp, 1) * arch.head_dim
     inner = arch.intermediate_size / tp
     # Elements per token that a layer keeps: both residual streams and both normed ones; q, its
-    # turned form and the attention's result; k, its turned form and v; gate, up, their product.
-    everything = 4 * stream + 3 * (query + key + inner)
+    # turned form and the attention's result; k, its turned form and v; gate and up.
+    everything = 4 * stream + 3 * (query + key) + 2 * inner
     kept = {
         "none": everything,
         "selective": 2 * stream + 2 * (query + key + inner),

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from sdar_kernels import fused_kernels, inductor_kernels
-from sdar_kernels.fused_kernels import choose_fused_kernels
+from sdar_kernels.fused_kernels import _run_swiglu, choose_fused_kernels
 from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
-from sdar_kernels.swiglu import swiglu
 from torch import Tensor
 from torch._dynamo.utils import counters
 from unit.small_model import ARCH, CPU, assert_same, loss_and_gradients, one_process
@@ -39,13 +38,10 @@ def _qk_norm_rope(impl: str, x: Tensor, weight: Tensor) -> Tensor:
     return qk_norm_rope(x, weight, EPS, *tables, impl)
 
 
-def _swiglu(impl: str, gate: Tensor, up: Tensor) -> Tensor:
-    return swiglu(gate, up, impl)
-
-
 def _leaves(run: Callable[..., Tensor], tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    if run is _swiglu:
-        return [_normal(tokens, WIDTH, dtype=dtype, seed=seed) for seed in range(2)]
+    if run is _run_swiglu:
+        gate, up = (_normal(tokens, WIDTH, dtype=dtype, seed=seed) for seed in range(2))
+        return [gate, up, _normal(WIDTH, dtype=dtype, seed=2)]
     shape = (WIDTH,) if run is _rms_norm else (HEADS, HEAD_DIM)
     x = _normal(tokens, *shape, dtype=dtype, seed=0)
     return [x, _normal(shape[-1], dtype=dtype, seed=1) / 4 + 1]
@@ -67,7 +63,7 @@ def _compare(run: Callable[..., Tensor], leaves: list[Tensor]) -> None:
         assert torch.allclose(actual, expected, rtol=0, atol=allowed)
 
 
-OPS = [_rms_norm, _qk_norm_rope, _swiglu]
+OPS = [_rms_norm, _qk_norm_rope, _run_swiglu]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -82,7 +78,7 @@ def test_it_computes_what_the_torch_form_does(
 
 def test_views_and_expanded_gradients() -> None:
     gate, up = _normal(67, 160, dtype=torch.float64, seed=0).chunk(2, dim=-1)
-    _compare(_swiglu, [gate, up])
+    _compare(_run_swiglu, [gate, up, torch.ones(80, dtype=torch.float64)])
     joined = _normal(67, 2 * HEADS * HEAD_DIM, dtype=torch.float64, seed=2)
     heads = joined[:, : HEADS * HEAD_DIM].view(67, HEADS, HEAD_DIM)
     _compare(_qk_norm_rope, [heads, _normal(HEAD_DIM, dtype=torch.float64, seed=1)])
@@ -121,25 +117,27 @@ def test_the_self_check_passes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "direction", "index"),
+    ("op", "owner", "name", "index"),
     [
-        ("rms_norm", "RmsNorm", "forward", 0),
-        ("qk_norm_rope", "QkNormRope", "backward", 1),
-        ("swiglu", "Swiglu", "backward", 0),
+        ("rms_norm", inductor_kernels.RmsNorm, "forward", 0),
+        ("qk_norm_rope", inductor_kernels.QkNormRope, "backward", 1),
+        ("swiglu", inductor_kernels, "swiglu", 0),
+        ("swiglu", inductor_kernels, "swiglu_gradients", 0),
+        ("swiglu", inductor_kernels, "swiglu_gradients", 2),
     ],
 )
 def test_the_self_check_catches_a_wrong_one(
-    op: str, name: str, direction: str, index: int, monkeypatch: pytest.MonkeyPatch
+    op: str, owner: Any, name: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = getattr(getattr(inductor_kernels, name), direction)
+    sound = getattr(owner, name)
 
-    def broken(ctx: Any, *inputs: Any) -> Any:
-        result = sound(ctx, *inputs)
+    def broken(*inputs: Any) -> Any:
+        result = sound(*inputs)
         if isinstance(result, Tensor):
             return result * 1.01
         return tuple(x * 1.01 if place == index else x for place, x in enumerate(result))
 
-    monkeypatch.setattr(getattr(inductor_kernels, name), direction, staticmethod(broken))
+    monkeypatch.setattr(owner, name, staticmethod(broken) if isinstance(owner, type) else broken)
     with pytest.raises(ValueError, match=rf"inductor failed: {op}: .* off by 1e-02"):
         choose_fused_kernels("inductor", CPU, torch.float32, **SIZES)
 
@@ -167,7 +165,7 @@ def test_a_step_builds_nothing_that_the_self_check_has_not() -> None:
             for run, leaves in (
                 (fused_kernels._run_rms_norm, [x, x[0]]),
                 (fused_kernels._run_qk_norm_rope, [q, q[0, 0]]),
-                (_swiglu, [gate, gate]),
+                (_run_swiglu, [gate, gate, gate[0]]),
             ):
                 _results(run, "inductor", leaves)
     assert counters["stats"]["unique_graphs"] == before
@@ -178,17 +176,17 @@ def test_the_model_is_the_same(recompute: str, monkeypatch: pytest.MonkeyPatch) 
     with one_process():
         expected = loss_and_gradients("torch", recompute, "tiled")
     calls = []
-    for name in ("RmsNorm", "QkNormRope", "Swiglu"):
-        sound = getattr(inductor_kernels, name).backward
+    backwards = ("_norm_gradients", "_qk_gradients", "_swiglu_gradients")
+    compiled = inductor_kernels._compiled
 
-        def counted(ctx: Any, grad: Tensor, sound: Any = sound, name: str = name) -> Any:
-            calls.append(name)
-            return sound(ctx, grad)
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        calls.append(function.__name__)
+        return compiled(function)
 
-        monkeypatch.setattr(getattr(inductor_kernels, name), "backward", staticmethod(counted))
+    monkeypatch.setattr(inductor_kernels, "_compiled", counted)
     with one_process():
         actual = loss_and_gradients("inductor", recompute, "tiled")
     assert_same(actual, expected)
     layers = ARCH.num_hidden_layers
-    found = [calls.count(name) for name in ("RmsNorm", "QkNormRope", "Swiglu")]
+    found = [calls.count(name) for name in backwards]
     assert found == [2 * layers + 1, 2 * layers, layers]

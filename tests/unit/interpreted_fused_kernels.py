@@ -45,7 +45,7 @@ def test_auto_on_a_gpu_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fused_kernels, "why_no_triton", lambda device: None)
     monkeypatch.setattr(fused_kernels, "_checks", _checks_on_cpu(fused_kernels._checks))
     assert choose_fused_kernels("auto", Gpu(), torch.float32, **SIZES)[0] == "triton"  # type: ignore[arg-type]
-    _break(monkeypatch, triton_swiglu.Swiglu, "backward", _scale(1, 1.3))
+    _break(monkeypatch, triton_swiglu, "swiglu_gradients", _scale(1, 1.3))
     impl, reason = choose_fused_kernels("auto", Gpu(), torch.float32, **SIZES)  # type: ignore[arg-type]
     assert impl == "torch"
     assert reason == (
@@ -87,9 +87,9 @@ def _raise(result: Any) -> Any:
 
 
 OPS = {
-    "rms_norm": triton_rms_norm.RmsNorm,
-    "qk_norm_rope": triton_qk_norm_rope.QkNormRope,
-    "swiglu": triton_swiglu.Swiglu,
+    "rms_norm": (triton_rms_norm.RmsNorm, "forward", "backward"),
+    "qk_norm_rope": (triton_qk_norm_rope.QkNormRope, "forward", "backward"),
+    "swiglu": (triton_swiglu, "swiglu", "swiglu_gradients"),
 }
 
 
@@ -114,7 +114,8 @@ def test_a_broken_kernel_is_caught(
     damage: Callable[[Any], Any],
     what: str,
 ) -> None:
-    _break(monkeypatch, OPS[op], direction, damage)
+    owner, forward, backward = OPS[op]
+    _break(monkeypatch, owner, forward if direction == "forward" else backward, damage)
     with pytest.raises(ValueError) as caught:
         _choose()
     message = str(caught.value)
@@ -123,6 +124,14 @@ def test_a_broken_kernel_is_caught(
     ), message
     assert what in message
     assert message.endswith("; use fused_kernels: auto or torch")
+
+
+def test_an_activation_that_backward_makes_wrong_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _break(monkeypatch, triton_swiglu, "swiglu_gradients", _scale(2, 1.01))
+    with pytest.raises(ValueError, match="swiglu: gradient of scale off by 1e-02"):
+        _choose()
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

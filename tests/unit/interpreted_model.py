@@ -61,7 +61,8 @@ def test_the_model_is_the_same_and_uses_every_kernel(
         "rms_norm _backward_kernel": 2 * layers + 1,
         "qk_norm_rope _forward_kernel": rotations * layers,
         "qk_norm_rope _backward_kernel": 2 * layers,
-        "swiglu _forward_kernel": layers * forwards,
+        # Even where whole layers are made again.
+        "swiglu _forward_kernel": layers * (2 if recompute == "full" else 1),
         "swiglu _backward_kernel": layers,
         "cross_entropy _statistics_kernel": 1,
         "cross_entropy _gradient_kernel": 1,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sdar_kernels import reference
 from sdar_kernels import swiglu as swiglu_module
-from sdar_kernels.swiglu import swiglu
+from sdar_kernels.swiglu import swiglu, swiglu_gradients
 from unit.interpreted import run_interpreted
 
 
@@ -23,15 +23,26 @@ def test_gradients_are_those_of_the_plain_form(tile: int, monkeypatch: pytest.Mo
     gate, up, upstream = torch.randn(3, 5, 48, generator=generator, dtype=torch.float64)
     # gate and up may be views of one product.
     leaves = [gate.t().requires_grad_(), up.t().requires_grad_()]
-    found = torch.autograd.grad(swiglu(*leaves), leaves, upstream.t())
-    expected = torch.autograd.grad(reference.swiglu(*leaves), leaves, upstream.t())
-    for ours, plain in zip(found, expected, strict=True):
+    found = swiglu_gradients(upstream.t(), gate.t(), up.t())
+    product = reference.swiglu(*leaves)
+    expected = torch.autograd.grad(product, leaves, upstream.t())
+    for ours, plain in zip(found, (*expected, product), strict=True):
+        assert ours.shape == plain.shape
         assert (ours - plain).abs().max() < 1e-14
 
 
 def test_an_unresolved_name_is_refused() -> None:
     with pytest.raises(AssertionError, match="unresolved fused_kernels 'auto'"):
         swiglu(torch.ones(3), torch.ones(3), "auto")
+    with pytest.raises(AssertionError, match="unresolved fused_kernels 'auto'"):
+        swiglu_gradients(torch.ones(3), torch.ones(3), torch.ones(3), "auto")
+
+
+def test_gate_and_up_must_agree() -> None:
+    with pytest.raises(AssertionError, match="same width"):
+        swiglu(torch.ones(3), torch.ones(4))
+    with pytest.raises(AssertionError, match="one dtype"):
+        swiglu(torch.ones(3), torch.ones(3, dtype=torch.float64))
 
 
 def test_triton_form_in_the_interpreter() -> None:
