@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sdar_kernels import reference
 from sdar_kernels.linear_cross_entropy import linear_cross_entropy
-from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
+from sdar_kernels.rms_norm import qk_norm_rope, residual_rms_norm, rms_norm, rotary_tables
 from sdar_kernels.swiglu import swiglu, swiglu_gradients
 from sdar_kernels.triton_runtime import why_no_triton
 
@@ -158,6 +158,7 @@ def _checks(
         return torch.from_numpy(values).to(device, dtype)
 
     x, scale = normal(tokens, hidden_size), normal(hidden_size, std=0.2, mean=1.0)
+    addend = normal(tokens, hidden_size)
     heads, head_scale = normal(tokens, _HEADS, head_dim), normal(head_dim, std=0.2, mean=1.0)
     gate, up = normal(tokens, columns, std=2.0), normal(tokens, columns)
     columns_scale = normal(columns, std=0.2, mean=1.0)
@@ -166,6 +167,12 @@ def _checks(
         for rows in ((tokens, _FEW_TOKENS) if form == "inductor" else (tokens,))
         for check in (
             _Check("rms_norm", ("x", "weight"), (x[:rows], scale), _run_rms_norm),
+            _Check(
+                "residual_rms_norm",
+                ("x", "addend", "weight"),
+                (x[:rows], addend[:rows], scale),
+                _run_residual_rms_norm,
+            ),
             _Check("qk_norm_rope", ("x", "weight"), (heads[:rows], head_scale), _run_qk_norm_rope),
             _Check(
                 "swiglu",
@@ -187,6 +194,13 @@ def _run_rms_norm(impl: str, x: Tensor, weight: Tensor) -> Tensor:
     if impl == "reference":
         return reference.rms_norm(x, weight, _EPS)
     return rms_norm(x, weight, _EPS, impl)
+
+
+def _run_residual_rms_norm(impl: str, x: Tensor, addend: Tensor, weight: Tensor) -> Tensor:
+    """[stream | normed], so that gradients come back on both ways."""
+    if impl == "reference":
+        return torch.cat((x + addend, reference.rms_norm(x + addend, weight, _EPS)), dim=1)
+    return torch.cat(residual_rms_norm(x, addend, weight, _EPS, impl), dim=1)
 
 
 def _run_qk_norm_rope(impl: str, x: Tensor, weight: Tensor) -> Tensor:

@@ -22,25 +22,34 @@ from torch.autograd.function import once_differentiable
 _MOST_GRAPHS = 64
 
 
-class RmsNorm(torch.autograd.Function):
-    """As `rms_norm.rms_norm`."""
+class ResidualRmsNorm(torch.autograd.Function):
+    """As `rms_norm.residual_rms_norm`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out, rstd = _rms_norm(eps)(*_inputs(1, rows), weight.detach())
-        ctx.save_for_backward(x, weight, rstd)
-        normed: Tensor = out.view(x.shape)
-        return normed
+    def forward(
+        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        parts = [part.reshape(-1, x.shape[-1]) for part in (x, addend) if part is not None]
+        run = _rms_norm(eps) if addend is None else _added_rms_norm(eps)
+        out, rstd, *total = run(*_inputs(1, *parts), weight.detach())
+        total = total[0].view(x.shape) if total else x
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.has_addend = addend is not None
+        ctx.set_materialize_grads(False)
+        return total, out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        run = _compiled(_norm_gradients)
-        grad_x, grad_weight = run(*_inputs(1, grad_rows, rows, rstd), weight.detach())
-        return grad_x.view(x.shape), grad_weight, None
+        run = _compiled(_norm_gradients if grad_total is None else _residual_gradients)
+        grads = [part for part in (grad, grad_total) if part is not None]
+        rows = (part.reshape(-1, x.shape[-1]) for part in (*grads, x))
+        grad_x, grad_weight = run(*_inputs(1, *rows, rstd), weight.detach())
+        grad_x = grad_x.view(x.shape)
+        return grad_x, grad_x if ctx.has_addend else None, grad_weight, None
 
 
 class QkNormRope(torch.autograd.Function):
@@ -99,6 +108,16 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
 
 
 @lru_cache
+def _added_rms_norm(eps: float) -> Callable[..., Any]:
+    def added_rms_norm(x: Tensor, addend: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = x + addend
+        rstd = _rstd(_wide(total), eps)
+        return _scaled(total, rstd, weight), rstd, total
+
+    return _compiled(added_rms_norm)
+
+
+@lru_cache
 def _qk_norm_rope(eps: float) -> Callable[..., Any]:
     def qk_norm_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         rstd = _rstd(_wide(x), eps)
@@ -110,6 +129,18 @@ def _qk_norm_rope(eps: float) -> Callable[..., Any]:
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _wide_gradients(grad, x, rstd, weight)
+    return grad_x.to(x.dtype), grad_weight
+
+
+def _residual_gradients(
+    grad: Tensor, grad_total: Tensor, x: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _wide_gradients(grad, x, rstd, weight)
+    return (grad_x + _wide(grad_total)).to(x.dtype), grad_weight
+
+
+def _wide_gradients(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """With n = x * rstd and g = weight * grad: rstd * (g - n * mean(g * n)), sum(grad * n)."""
     normed = _wide(x) * rstd
     # As the forward pass: the weight met the rounded value.
@@ -117,7 +148,7 @@ def _norm_gradients(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tu
     mean = (products * _wide(weight)).mean(-1, keepdim=True)
     grad_x = (_wide(grad) * _wide(weight) - normed * mean) * rstd
     grad_weight = products.flatten(0, -2).sum(0)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+    return grad_x, grad_weight.to(weight.dtype)
 
 
 def _qk_gradients(

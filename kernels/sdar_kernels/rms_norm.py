@@ -27,17 +27,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "torch") -> Tens
     The normed value is rounded to the dtype of x before it meets the weight. Kept for backward:
     x and one number per row.
     """
-    if impl == "triton":
-        from sdar_kernels.triton_rms_norm import RmsNorm
+    return residual_rms_norm(x, None, weight, eps, impl)[1]
 
-        return RmsNorm.apply(x, weight, eps)
+
+def residual_rms_norm(
+    x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, impl: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """The residual stream r = x + addend, and rms_norm(r): both are read further on.
+
+    One pass each way: forward adds on the way to the norm, backward adds the gradient that reaches
+    r beside the norm. Kept for backward: r and one number per row.
+
+    Args:
+        x: [..., D].
+        addend: of the shape and dtype of x; None: r is x.
+        weight: [D].
+    """
+    assert addend is None or (addend.shape, addend.dtype) == (x.shape, x.dtype), "one stream"
+    if impl == "triton":
+        from sdar_kernels.triton_rms_norm import ResidualRmsNorm
+
+        return ResidualRmsNorm.apply(x, addend, weight, eps)
     if impl == "inductor":
         from sdar_kernels import inductor_kernels
 
-        return inductor_kernels.RmsNorm.apply(x, weight, eps)
+        return inductor_kernels.ResidualRmsNorm.apply(x, addend, weight, eps)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
-    out: Tensor = _RmsNorm.apply(x, weight, eps)
-    return out
+    return _ResidualRmsNorm.apply(x, addend, weight, eps)
 
 
 def rotary_tables(
@@ -128,30 +144,44 @@ def _norm_backward_by_layer_norm(
     return part
 
 
-class _RmsNorm(torch.autograd.Function):
+class _ResidualRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x if addend is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = total.reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
         rstd = rows.new_empty((rows.shape[0], 1), dtype=_wide(rows[:0]).dtype)
+        summands = () if addend is None else (x.reshape(rows.shape), addend.reshape(rows.shape))
         for tile in _row_tiles(rows):
+            if summands:
+                torch.add(*(summand[tile] for summand in summands), out=rows[tile])
             wide = _wide(rows[tile])
             rstd[tile] = _rstd(wide, eps)
             torch.mul((wide * rstd[tile]).to(x.dtype), weight, out=out[tile])
-        ctx.save_for_backward(x, weight, rstd)
-        return out.view(x.shape)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.has_addend = addend is not None
+        ctx.set_materialize_grads(False)
+        return total, out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        beside = None if grad_total is None else grad_total.reshape(rows.shape)
         grad_x = torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight, dtype=rstd.dtype)
         for tile in _row_tiles(rows):
             parts = (grad_rows[tile], rows[tile], weight, rstd[tile], grad_x[tile])
             grad_weight += _norm_backward(*parts)
-        return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
+            if beside is not None:
+                grad_x[tile] += beside[tile]
+        grad_x = grad_x.view(x.shape)
+        return grad_x, grad_x if ctx.has_addend else None, grad_weight.to(weight.dtype), None
 
 
 class _QkNormRope(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""RMSNorm in Triton, forward and backward (the specification is rms_norm.rms_norm).
+"""RMSNorm of a residual stream in Triton, forward and backward.
+
+The specification is rms_norm.residual_rms_norm. Forward adds to the stream, and backward to its
+gradient, where there is something to add.
 
 A tile of rows per program; the last dim is padded to a power of two and masked. Backward reads x
 and the gradient once, recomputes the statistic, writes the gradient of x, and adds up the weight
@@ -27,7 +30,7 @@ _TILE = 4096
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, out_ptr, num_rows, x_stride,
+    x_ptr, addend_ptr, weight_ptr, total_ptr, out_ptr, num_rows, x_stride,
     SIZE: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -36,16 +39,21 @@ def _forward_kernel(
     mask = (rows < num_rows)[:, None] & (cols < SIZE)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=cols < SIZE, other=0.0).to(WIDE)
+    offsets = rows[:, None] * SIZE + cols[None, :]
+    if addend_ptr is not None:
+        addend = tl.load(addend_ptr + offsets, mask=mask, other=0.0)
+        x = (x.to(WIDE) + addend.to(WIDE)).to(x.dtype)
+        tl.store(total_ptr + offsets, x, mask=mask)
     wide = x.to(WIDE)
     rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + EPS)
     normed = (wide * rstd[:, None]).to(x.dtype).to(WIDE)
     out = weight[None, :] * normed
-    tl.store(out_ptr + rows[:, None] * SIZE + cols[None, :], out, mask=mask)
+    tl.store(out_ptr + offsets, out, mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, weight_ptr, grad_ptr, grad_x_ptr, partial_ptr, num_rows, x_stride,
+    x_ptr, weight_ptr, grad_ptr, grad_total_ptr, grad_x_ptr, partial_ptr, num_rows, x_stride,
     SIZE: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,31 +73,42 @@ def _backward_kernel(
         grad_weight += grad * normed.to(narrow.dtype).to(WIDE)
         scaled = grad * weight[None, :]
         slope = tl.sum(scaled * normed, axis=1)[:, None] / SIZE
-        tl.store(grad_x_ptr + offsets, (scaled - normed * slope) * rstd, mask=mask)
+        grad_x = (scaled - normed * slope) * rstd
+        if grad_total_ptr is not None:
+            grad_x += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(WIDE)
+        tl.store(grad_x_ptr + offsets, grad_x, mask=mask)
     total = tl.sum(grad_weight, axis=0)
     tl.store(partial_ptr + program.to(tl.int64) * SIZE + cols, total, mask=cols < SIZE)
 
 
-class RmsNorm(torch.autograd.Function):
-    """apply(x [..., D], weight [D], eps) -> [..., D]."""
+class ResidualRmsNorm(torch.autograd.Function):
+    """apply(x [..., D], addend or None, weight [D], eps) -> (x + addend, its norm)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         rows = _rows(x)
         weight = weight.contiguous()
         dtype = torch.promote_types(x.dtype, weight.dtype)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        total = None if addend is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         constants, num_warps = _configuration(x.shape[-1], eps, x.dtype)
         grid = (triton.cdiv(rows.shape[0], constants["ROWS"]),)
         _forward_kernel[grid](
-            rows, weight, out, rows.shape[0], rows.stride(0), **constants, num_warps=num_warps
-        )
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return out
+            rows, None if addend is None else addend.contiguous(), weight, total, out,
+            rows.shape[0], rows.stride(0), **constants, num_warps=num_warps,
+        )  # fmt: skip
+        total = x if total is None else total
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.has_addend = eps, addend is not None
+        ctx.set_materialize_grads(False)
+        return total, out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_total: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
         rows, size = _rows(x), x.shape[-1]
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -98,10 +117,12 @@ class RmsNorm(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         partial = torch.empty(programs, size, dtype=wide, device=x.device)
         _backward_kernel[(programs,)](
-            rows, weight, grad.contiguous(), grad_x, partial, rows.shape[0], rows.stride(0),
-            **constants, num_warps=num_warps,
+            rows, weight, grad.contiguous(),
+            None if grad_total is None else grad_total.contiguous(),
+            grad_x, partial, rows.shape[0], rows.stride(0), **constants, num_warps=num_warps,
         )  # fmt: skip
-        return grad_x, partial.sum(dim=0).to(weight.dtype), None
+        grad_weight = partial.sum(dim=0).to(weight.dtype)
+        return grad_x, grad_x if ctx.has_addend else None, grad_weight, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,23 +161,30 @@ def shipped(arch: str) -> list[KernelSpec]:
 def _specs(size: int, dtype: torch.dtype, pointer: str) -> list[KernelSpec]:
     constants, num_warps = _configuration(size, 1e-6, dtype)
     sizes = {"num_rows": "i32", "x_stride": "i32"}
-    signatures = {
-        "forward": (_forward_kernel, dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), pointer)),
-        "backward": (
-            _backward_kernel,
-            dict.fromkeys(("x_ptr", "weight_ptr", "grad_ptr", "grad_x_ptr"), pointer)
-            | {"partial_ptr": "*fp32"},
-        ),
-    }
-    return [
-        KernelSpec(
-            name=f"rms_norm {direction} {pointer[1:]} d{size}",
-            kernel=kernel,
-            signature={**pointers, **sizes},
-            constexprs=constants,
-            num_warps=num_warps,
-            num_stages=3,
-            aligned=(*pointers, "x_stride"),
+    forward = ("x_ptr", "addend_ptr", "weight_ptr", "total_ptr", "out_ptr")
+    backward = ("x_ptr", "weight_ptr", "grad_ptr", "grad_total_ptr", "grad_x_ptr")
+    # The final norm has nothing beside it: left out are the pointers that are None there.
+    forms = (
+        ("forward", _forward_kernel, forward, ()),
+        ("forward of a sum", _forward_kernel, forward, ("addend_ptr", "total_ptr")),
+        ("backward", _backward_kernel, backward, ()),
+        ("backward beside", _backward_kernel, backward, ("grad_total_ptr",)),
+    )
+    optional = {"addend_ptr", "total_ptr", "grad_total_ptr"}
+    specs = []
+    for form, kernel, names, given in forms:
+        pointers = {name: pointer for name in names if name not in optional - {*given}}
+        if kernel is _backward_kernel:
+            pointers["partial_ptr"] = "*fp32"
+        specs.append(
+            KernelSpec(
+                name=f"rms_norm {form} {pointer[1:]} d{size}",
+                kernel=kernel,
+                signature={**pointers, **sizes},
+                constexprs={**constants, **{name: None for name in names if name not in pointers}},
+                num_warps=num_warps,
+                num_stages=3,
+                aligned=(*pointers, "x_stride"),
+            )
         )
-        for direction, (kernel, pointers) in signatures.items()
-    ]
+    return specs

@@ -37,7 +37,7 @@ class TrainingConfig:
     fp64: bool = key("compute in float64, to verify numerics", False)
     recompute_granularity: str | None = key(
         "what the backward pass computes again: full: whole layers (least memory, a third more "
-        "work); selective: norms, rotations and SwiGLU only (nearly free); none. Default: full",
+        "work); selective: norms and rotations only (nearly free); none. Default: full",
         None,
         choices=("full", "selective", "none"),
     )

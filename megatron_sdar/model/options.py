@@ -21,7 +21,7 @@ class ModelOptions:
         dtype: of the parameters.
         sequence_parallel: split norms and residuals over tp along tokens.
         recompute: what backward computes again (recomputation.GRANULARITIES): "full" whole layers,
-            "selective" what is elementwise, "none" nothing.
+            "selective" norms and rotations, "none" nothing.
         attention_backend: resolved name (sdar_kernels.attention_backend.choose_backend).
         fused_kernels: resolved name (sdar_kernels.fused_kernels.choose_fused_kernels).
         attention_config: tile sizes of the triton backend; None: those chosen for the GPU.

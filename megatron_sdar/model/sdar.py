@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from sdar_kernels.rms_norm import rms_norm, rotary_tables
+from sdar_kernels.rms_norm import residual_rms_norm, rms_norm, rotary_tables
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -119,47 +119,50 @@ class SdarDecoderLayer(nn.Module):
     def _forward(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens | None) -> Tensor:
         group, split = self.tp.get_group(), self.sequence_parallel
         if selected is None:
-            normed, skipped = self._normed(x, self.input_layernorm)
+            x, normed, skipped = self._normed(x, None, self.input_layernorm)
             with skipped:
                 out = self.self_attn(normed, layout)
-            x = x + leave_parallel_region(out, group, split)
         else:
-            x = self._attend_selected(x, layout, selected)
-        normed, skipped = self._normed(x, self.post_attention_layernorm)
+            x, out = self._attend_selected(x, layout, selected)
+        out = leave_parallel_region(out, group, split)
+        x, normed, skipped = self._normed(x, out, self.post_attention_layernorm)
         with skipped:
             out = self.mlp(normed, layout.dropout_seed)
         return x + leave_parallel_region(out, group, split)
 
     def _normed(
-        self, x: Tensor, norm: ReplicatedVector
-    ) -> tuple[Tensor, AbstractContextManager[object]]:
-        """The normed tokens, and what to enter for the operations that read them."""
+        self, x: Tensor, addend: Tensor | None, norm: ReplicatedVector
+    ) -> tuple[Tensor, Tensor, AbstractContextManager[object]]:
+        """x + addend, the same normed, and what to enter for the operations that read that."""
+        x, normed = residual_rms_norm(x, addend, norm(), self.eps, self.fused_kernels)
 
         def make() -> Tensor:
             return rms_norm(x, norm(), self.eps, self.fused_kernels)
 
-        normed = make()
         if self.recompute != "selective":
-            return normed, nullcontext()
-        return normed, not_kept((normed, make))
+            return x, normed, nullcontext()
+        return x, normed, not_kept((normed, make))
 
-    def _attend_selected(self, x: Tensor, layout: TokenLayout, selected: SelectedTokens) -> Tensor:
-        """Attention with its residual, for the selected tokens only: [M, D] or [M / tp, D]."""
+    def _attend_selected(
+        self, x: Tensor, layout: TokenLayout, selected: SelectedTokens
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream of this rank's selected tokens, [M, D] or [M / tp, D], and what
+        attention adds, a partial sum [M, D] over tp.
+        """
         group, split = self.tp.get_group(), self.sequence_parallel
         if split:
             # Gathered before the norm, since a rank's part of the selected tokens may lie on any
             # rank: one all_gather serves attention and residual. Its backward sums over the
             # ranks, so each one adds what its own heads and its own residual tokens send back.
             x = enter_parallel_region(x, group, split)
-        normed, skipped = self._normed(x, self.input_layernorm)
+        x, normed, skipped = self._normed(x, None, self.input_layernorm)
         with skipped:
             entered = normed if split else enter_parallel_region(normed, group, split)
             out = self.self_attn.forward_selected(entered, layout, selected)
-        out = leave_parallel_region(out, group, split)
         positions = selected.positions
         if split:
             positions = _own_part(positions, self.tp.get_local_rank(), self.tp.size())
-        return x.index_select(0, positions) + out
+        return x.index_select(0, positions), out
 
 
 def _own_part(positions: Tensor, rank: int, num_ranks: int) -> Tensor:

@@ -86,10 +86,26 @@ def _raise(result: Any) -> Any:
     raise RuntimeError("out of resource:\n  shared memory")
 
 
+def _norm_only(damage: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Damage the normed output, or the gradients of x and of the weight, not the stream's."""
+
+    def apply(result: Any) -> Any:
+        if len(result) == 2:
+            return result[0], damage(result[1])
+        grad_x, grad_weight = damage((result[0], result[2]))
+        return grad_x, result[1], grad_weight, result[3]
+
+    return apply
+
+
+def _all(damage: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return damage
+
+
 OPS = {
-    "rms_norm": (triton_rms_norm.RmsNorm, "forward", "backward"),
-    "qk_norm_rope": (triton_qk_norm_rope.QkNormRope, "forward", "backward"),
-    "swiglu": (triton_swiglu, "swiglu", "swiglu_gradients"),
+    "rms_norm": (triton_rms_norm.ResidualRmsNorm, "forward", "backward", _norm_only),
+    "qk_norm_rope": (triton_qk_norm_rope.QkNormRope, "forward", "backward", _all),
+    "swiglu": (triton_swiglu, "swiglu", "swiglu_gradients", _all),
 }
 
 
@@ -114,8 +130,8 @@ def test_a_broken_kernel_is_caught(
     damage: Callable[[Any], Any],
     what: str,
 ) -> None:
-    owner, forward, backward = OPS[op]
-    _break(monkeypatch, owner, forward if direction == "forward" else backward, damage)
+    owner, forward, backward, of = OPS[op]
+    _break(monkeypatch, owner, forward if direction == "forward" else backward, of(damage))
     with pytest.raises(ValueError) as caught:
         _choose()
     message = str(caught.value)
@@ -124,6 +140,24 @@ def test_a_broken_kernel_is_caught(
     ), message
     assert what in message
     assert message.endswith("; use fused_kernels: auto or torch")
+
+
+@pytest.mark.parametrize(
+    ("direction", "index", "what"),
+    [("forward", 0, "output off"), ("backward", 1, "gradient of addend off")],
+)
+def test_a_wrong_residual_stream_is_caught(
+    monkeypatch: pytest.MonkeyPatch, direction: str, index: int, what: str
+) -> None:
+    def damage(result: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        # None where only the norm is asked for.
+        return tuple(
+            x * 1.01 if at == index and x is not None else x for at, x in enumerate(result)
+        )
+
+    _break(monkeypatch, triton_rms_norm.ResidualRmsNorm, direction, damage)
+    with pytest.raises(ValueError, match=rf"residual_rms_norm: {what} by 1e-02"):
+        _choose()
 
 
 def test_an_activation_that_backward_makes_wrong_is_caught(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from sdar_kernels import triton_qk_norm_rope, triton_rms_norm
-from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
+from sdar_kernels.rms_norm import qk_norm_rope, residual_rms_norm, rms_norm, rotary_tables
 from torch import Tensor
 
 EPS = 1e-6
@@ -45,6 +45,15 @@ def _norm(x: Tensor, weight: Tensor, impl: str) -> Tensor:
     return rms_norm(x, weight, EPS, impl)
 
 
+def _residual_norm(x: Tensor, addend: Tensor, weight: Tensor, impl: str) -> Tensor:
+    """[stream | normed], with gradients on both ways."""
+    return torch.cat(residual_rms_norm(x, addend, weight, EPS, impl), dim=-1)
+
+
+def _forked_norm(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return torch.cat(residual_rms_norm(x, None, weight, EPS, impl), dim=-1)
+
+
 def _norm_rope(x: Tensor, weight: Tensor, impl: str) -> Tensor:
     positions = torch.arange(x.shape[0]) * 7 % 41
     tables = rotary_tables(positions, x.shape[-1], 1e4, x.dtype)
@@ -57,6 +66,19 @@ def _norm_rope(x: Tensor, weight: Tensor, impl: str) -> Tensor:
 def test_rms_norm(num_tokens: int, size: int, dtype: torch.dtype) -> None:
     x, weight = _normal(num_tokens, size, dtype=dtype) * 3, _normal(size, dtype=dtype, seed=1)
     _compare(_norm, (x, weight), _normal(num_tokens, size, dtype=dtype, seed=2))
+    addend = _normal(num_tokens, size, dtype=dtype, seed=3)
+    upstream = _normal(num_tokens, 2 * size, dtype=dtype, seed=2)
+    _compare(_residual_norm, (x, addend, weight), upstream)
+    _compare(_forked_norm, (x, weight), upstream)
+
+
+def test_the_stream_is_rounded_before_it_is_normed() -> None:
+    """fp16, which the interpreter rounds; unrounded, the norm would differ in one of four."""
+    x, addend = (_normal(67, 96, dtype=torch.float16, seed=seed) for seed in range(2))
+    weight = _normal(96, dtype=torch.float16, seed=2)
+    ours, theirs = (_residual_norm(x, addend, weight, impl) for impl in ("triton", "torch"))
+    assert torch.equal(ours[:, :96], theirs[:, :96])
+    assert (ours != theirs).float().mean() < 1e-2
 
 
 @pytest.mark.parametrize("op", [_norm, _norm_rope])
@@ -87,6 +109,7 @@ def test_rms_norm_of_views_and_an_expanded_gradient() -> None:
     upstream = _normal(67, 1, dtype=torch.float32, seed=2).expand(67, 80)
     for x in (wide[:, 3:83], _normal(80, 67, dtype=torch.float32).T):
         _compare(_norm, (x, weight), upstream)
+        _compare(_residual_norm, (x, wide[:, 100:180], weight), upstream.repeat(1, 2))
 
 
 def test_rms_norm_of_bf16_with_an_fp32_weight_is_fp32() -> None:

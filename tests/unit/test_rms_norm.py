@@ -10,7 +10,7 @@ import torch
 from sdar_kernels import reference
 from sdar_kernels import rms_norm as rms_norm_module
 from sdar_kernels.reference import apply_rotary
-from sdar_kernels.rms_norm import qk_norm_rope, rms_norm, rotary_tables
+from sdar_kernels.rms_norm import qk_norm_rope, residual_rms_norm, rms_norm, rotary_tables
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
@@ -133,6 +133,40 @@ def test_gradients_are_those_of_the_plain_forms(
             assert error < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tile", [40, 1 << 16])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_residual_stream_is_summed_and_normed(
+    adds: bool, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rms_norm_module, "_TILE_ELEMENTS", tile)
+    generator = torch.Generator().manual_seed(0)
+    x, addend, *upstreams = torch.randn(4, 14, 16, generator=generator, dtype=torch.float64)
+    weight = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)
+    given = (x.to(dtype), addend.to(dtype) if adds else None, weight.to(dtype))
+    # Of which every second column is the stream, so that rows are strided.
+    given = (torch.stack((given[0], given[0]), -1)[..., 0], *given[1:])
+    leaves = [tensor.detach().requires_grad_() for tensor in given if tensor is not None]
+    total, normed = residual_rms_norm(leaves[0], leaves[1] if adds else None, leaves[-1], EPS)
+    expected = leaves[0] + leaves[1] if adds else leaves[0]
+    plain = reference.rms_norm(expected, leaves[-1], EPS)
+    assert torch.equal(total, expected)
+    assert torch.equal(normed, plain)
+    upstreams = [upstream.to(dtype) for upstream in upstreams]
+    found = torch.autograd.grad((total, normed), leaves, upstreams)
+    wanted = torch.autograd.grad((expected, plain), leaves, upstreams)
+    for ours, theirs in zip(found, wanted, strict=True):
+        error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+        assert error < (1e-13 if dtype == torch.float64 else 2e-2)
+
+
+def test_what_is_added_is_one_with_the_stream() -> None:
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    for addend in (torch.ones(1, 4), torch.ones(2, 4, dtype=torch.float64)):
+        with pytest.raises(AssertionError, match="one stream"):
+            residual_rms_norm(x, addend, weight, EPS)
+
+
 def gradients(
     op: object, x: torch.Tensor, weight: torch.Tensor, upstream: torch.Tensor
 ) -> list[torch.Tensor]:
@@ -142,7 +176,7 @@ def gradients(
     return [out, *torch.autograd.grad(out, leaves, upstream)]
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "qk_norm_rope"])
+@pytest.mark.parametrize("op", ["rms_norm", "residual_rms_norm", "qk_norm_rope"])
 def test_little_is_kept_for_backward(op: str) -> None:
     x, weight = torch.randn(7, 3, 16, requires_grad=True), torch.ones(16, requires_grad=True)
     tables = rotary_tables(torch.arange(7), 16, 10_000.0, torch.float32)
@@ -152,6 +186,8 @@ def test_little_is_kept_for_backward(op: str) -> None:
     ):
         if op == "rms_norm":
             rms_norm(x, weight, EPS)
+        elif op == "residual_rms_norm":
+            residual_rms_norm(x, x, weight, EPS)
         else:
             qk_norm_rope(x, weight, EPS, *tables)
     tables_size = 2 * 7 * 16 if op == "qk_norm_rope" else 0
