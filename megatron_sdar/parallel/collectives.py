@@ -63,7 +63,7 @@ def start_all_gather(x: Tensor, group: Group) -> Exchange:
     size = dist.get_world_size(group)
     out = x.new_empty((x.shape[0] * size, *x.shape[1:]))
     if x.device.type == "cpu":
-        parts = x.expand(size, *x.shape).reshape(out.shape)
+        parts = x.repeat(size, *[1] * (x.dim() - 1))
         return Exchange(_begun(dist.all_to_all_single(out, parts, group=group, async_op=True)), out)
     work = dist.all_gather_single(out, x.contiguous(), group=group, async_op=True)
     return Exchange(_begun(work), out)

@@ -18,13 +18,15 @@ import torch
 from distributed.layouts import BLOCK, Layout, run_layout
 from sdar_kernels import tile_runs
 from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.rms_norm import residual_rms_norm
+from sdar_kernels.swiglu import swiglu_gradients
 from torch import Tensor
 
 from megatron_sdar.diffusion import savings
-from megatron_sdar.model import recomputation, sdar
+from megatron_sdar.model import decoder_layer, recomputation
 from megatron_sdar.model.attention import SelectedTokens, TokenLayout
 from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.parallel import collectives, local_weights
+from megatron_sdar.parallel import collectives, local_weights, projections
 from megatron_sdar.training import batch as training_batch
 from megatron_sdar.training import step as training_step
 
@@ -103,13 +105,13 @@ def _no_input_gradient_sum() -> mock._patch:
 
 
 def _projections_without_input_sum() -> mock._patch:
-    original = sdar.column_parallel_projections
+    original = decoder_layer.column_parallel_projections
 
     def alone(x: Tensor, weights: object, group: object, split: bool) -> object:
         del group, split
         return original(x, weights, None, False)
 
-    return mock.patch.object(sdar, "column_parallel_projections", alone)
+    return mock.patch.object(decoder_layer, "column_parallel_projections", alone)
 
 
 def _blocks_with_one_mask_left_out() -> mock._patch:
@@ -133,10 +135,31 @@ def _stale_recomputation() -> mock._patch:
     return mock.patch.object(recomputation, "_unpack", unpack)
 
 
+def _stale_activation() -> mock._patch:
+    """The projection behind SwiGLU is given the activation of the layer that was first."""
+    kept: dict[torch.Size, Tensor] = {}
+
+    def gradients(*arguments: object) -> tuple[Tensor, ...]:
+        *of_inputs, activated = swiglu_gradients(*arguments)
+        return (*of_inputs, kept.setdefault(activated.shape, activated))
+
+    return mock.patch.object(projections, "swiglu_gradients", gradients)
+
+
+def _stream_past_the_norm_has_no_gradient() -> mock._patch:
+    def detached(*arguments: object) -> tuple[Tensor, Tensor]:
+        stream, normed = residual_rms_norm(*arguments)
+        return stream.detach(), normed
+
+    return mock.patch.object(decoder_layer, "residual_rms_norm", detached)
+
+
 def _first_ranks_residual() -> mock._patch:
     """Every tp rank adds the residual of the first rank's share of the trimmed tokens."""
     return mock.patch.object(
-        sdar, "_own_part", lambda positions, rank, num_ranks: positions.view(num_ranks, -1)[0]
+        decoder_layer,
+        "_own_part",
+        lambda positions, rank, num_ranks: positions.view(num_ranks, -1)[0],
     )
 
 
@@ -179,6 +202,11 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "projections_without_input_sum": (_projections_without_input_sum, Layout("m13", tp=2)),
     "blocks_with_one_mask_left_out": (_blocks_with_one_mask_left_out, Layout("m14")),
     "stale_recomputation": (_stale_recomputation, Layout("m15", recompute="selective")),
+    "stale_activation": (_stale_activation, Layout("m17", tp=2, sequence_parallel=True)),
+    "stream_past_the_norm_has_no_gradient": (
+        _stream_past_the_norm_has_no_gradient,
+        Layout("m18"),
+    ),
     "middle_stage_without_metadata": (_middle_stage_without_metadata, Layout("m8", pp=4)),
     "middle_stage_without_positions": (_middle_stage_without_positions, Layout("m9", pp=4)),
     "first_ranks_residual": (_first_ranks_residual, Layout("m10", tp=2, sequence_parallel=True)),

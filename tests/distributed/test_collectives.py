@@ -16,8 +16,6 @@ from megatron_sdar.parallel.collectives import (
     start_reduce_scatter,
 )
 
-TOKENS = 5  # of each rank
-
 
 def _of(rank: int, dtype: torch.dtype, tokens: int) -> Tensor:
     """What a rank holds; sums over ranks depend on their order."""
@@ -25,11 +23,12 @@ def _of(rank: int, dtype: torch.dtype, tokens: int) -> Tensor:
     return (values * 10**rank).to(dtype)
 
 
-def _whole_exchanges(dtype: torch.dtype) -> None:
+def _exchange(dtype: torch.dtype, tokens: int) -> None:
+    """Of `tokens` tokens on each rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     assert group is not None
-    everyone = [_of(each, dtype, TOKENS * size) for each in range(size)]
+    everyone = [_of(each, dtype, tokens * size) for each in range(size)]
     mine = everyone[rank].chunk(size)[rank]
     # Not contiguous, as the gradient of an expanded sum is.
     strided = torch.stack((mine, mine), -1)[..., 0]
@@ -57,4 +56,6 @@ def _whole_exchanges(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_tokens_are_gathered_and_summed(size: int, tmp_path: Path) -> None:
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    run_world(size, [(_whole_exchanges, (dtype,)) for dtype in dtypes], tmp_path)
+    run_world(
+        size, [(_exchange, (dtype, tokens)) for dtype in dtypes for tokens in (5, 1)], tmp_path
+    )
