@@ -195,7 +195,8 @@ def _activation_bytes(
         "selective": 2 * stream + 2 * (query + key + inner),
         "full": stream,
     }[config.training.recompute_granularity or "full"]
-    transient = 2 * hidden + 3 * max(inner, query)
+    # Of gate, up and their product the gradients, and the product once more.
+    transient = 2 * hidden + max(4 * inner, 3 * query)
     if kept == stream:
         transient += everything  # the layer that is computed again
     loss = 0.0

@@ -16,12 +16,13 @@ from megatron_sdar.training.step import NonFiniteStepError
 
 pytestmark = pytest.mark.usefixtures("single_process")
 LAST = "the last stage (final norm, head, loss)"
-# The poisoned weight, and the module that must be named. The last layer is trimmed: its attention
-# is no call of a module.
+# The poisoned weight, and the module that must be named. Projections that
+# are one step of autograd with others, and the last layer's attention, are no calls of modules.
 CASES = {
     "model.layers.1.self_attn.k_proj.weight": "model.layers.1.self_attn",
     "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp",
-    "model.layers.2.mlp.down_proj.weight": "model.layers.2.mlp.down_proj",
+    "model.layers.2.mlp.down_proj.weight": "model.layers.2.mlp",
+    "model.layers.2.self_attn.o_proj.weight": "model.layers.2.self_attn.o_proj",
     "model.layers.1.post_attention_layernorm.weight": "model.layers.1.post_attention_layernorm",
     "model.layers.3.self_attn.v_proj.weight": "model.layers.3",
     "lm_head.weight": LAST,
