@@ -239,7 +239,7 @@ def _time_length(
     Yields the forms when they have been timed, and again with the memory of all of them.
     """
     shape = options.shape(length)
-    longest = min(length, options.row_length // 2)
+    longest = min(length, shape.kept_row_length // 2)
     documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, longest)
     say(f"rows of 2 x {length} tokens, {len(documents)} documents: first steps, losses")
     timed = []
@@ -247,7 +247,7 @@ def _time_length(
         form.bind(documents, shape)
         packing = form.packing(documents, shape)
         kept = name in (EXACT, EXACT_BF16)
-        row_tokens = (options.row_length if kept else 2 * length) * len(packing.rows)
+        row_tokens = (shape.kept_row_length if kept else 2 * length) * len(packing.rows)
         answers = sum(document.num_labels for document in documents)
         loss = time_step(form.step).loss
         timed.append(

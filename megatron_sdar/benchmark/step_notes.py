@@ -9,6 +9,7 @@ from megatron_sdar.benchmark.step_options import StepOptions
 def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> list[str]:
     """Lines to print below the figures."""
     first = options.lengths[0]
+    kept = " and ".join(str(options.shape(length).kept_row_length) for length in options.lengths)
     notes = [
         f"Model: {num_parameters / 1e6:.1f} M parameters, counted in transformers; untied head; "
         f"block length {options.block_length}; {options.threads} torch threads.",
@@ -17,8 +18,8 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
         "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
         "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
         "trainer on the blocks that the loss depends on, packed by what is left, and a last layer "
-        f"without unused outputs, in rows of {options.row_length} tokens: what is left of a "
-        "document needs no row of two copies. Nothing is recomputed in backward.",
+        f"without unused outputs, in rows of {kept} tokens: what is left of a document needs no "
+        "row of two copies. Nothing is recomputed in backward.",
         "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
         "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
         "MFU: them over seconds over the rate of a product of "
@@ -35,11 +36,11 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
     ]
     shape = options.shape(first)
     fitting = [document for document in corpus.documents if document.ids.size <= first]
-    whole, kept = (len(pack(fitting).rows) for pack in (shape.pack_whole, shape.pack_kept))
+    whole, exact = (len(pack(fitting).rows) for pack in (shape.pack_whole, shape.pack_kept))
     notes.append(
         "The documents of a step were chosen to fill the rows of both packings. All "
         f"{len(fitting)} documents that were read give {whole} published rows of 2 x {first} and "
-        f"{kept} with exact savings: {whole / kept:.2f} to 1."
+        f"{exact} with exact savings: {whole / exact:.2f} to 1."
     )
     if corpus.num_folded:
         notes.append(

@@ -33,7 +33,8 @@ class StepOptions:
     """Attributes:
     arch: the model; its last token id is the mask token.
     lengths: document tokens of a row; rows hold two copies of as many.
-    row_length: tokens of a row with exact savings, which need not hold two copies.
+    row_length: tokens of a row with exact savings, which need not hold two copies; None: 512 and
+        half of the published row's document tokens.
     rows: published rows of one optimizer step.
     rounds, peer_rounds: of our forms and of the peer, after one that does not count.
     threads: of torch, in the comparison of forms.
@@ -48,7 +49,7 @@ class StepOptions:
 
     arch: Architecture = field(default_factory=benchmark_model)
     lengths: tuple[int, ...] = (2048, 4096)
-    row_length: int = 1536
+    row_length: int | None = None
     rows: int = 4
     rounds: int = 3
     peer_rounds: int = 2
@@ -73,7 +74,11 @@ class StepOptions:
         return self.arch.vocab_size - 1
 
     def shape(self, length: int) -> RowShape:
-        return RowShape(length, self.block_length, self.mask_token_id, self.row_length)
+        kept = self.row_length
+        if kept is None:
+            # A token of a longer row costs less time, a longer row more memory.
+            kept = 512 + length // 2
+        return RowShape(length, self.block_length, self.mask_token_id, kept)
 
     def quick(self) -> StepOptions:
         """The same at toy size: everything runs, no figure means anything."""
