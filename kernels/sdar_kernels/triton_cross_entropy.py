@@ -70,7 +70,7 @@ def _gradient_kernel(
 def row_statistics(
     logits_MV: Tensor, targets_M: Tensor, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As linear_cross_entropy.row_statistics_torch."""
+    """As cross_entropy_rows.row_statistics_torch."""
     num_rows, num_columns = logits_MV.shape
     out = torch.empty(3, num_rows, dtype=wide, device=logits_MV.device)
     _statistics_kernel[(num_rows,)](
@@ -83,7 +83,7 @@ def row_statistics(
 def write_gradient(
     logits_MV: Tensor, targets_M: Tensor, peak_M: Tensor, scale_M: Tensor, weights_M: Tensor
 ) -> None:
-    """As linear_cross_entropy.write_gradient_torch."""
+    """As cross_entropy_rows.write_gradient_torch."""
     num_rows, num_columns = logits_MV.shape
     _gradient_kernel[(num_rows, triton.cdiv(num_columns, _BLOCK))](
         logits_MV, targets_M.contiguous(), peak_M.contiguous(), scale_M.contiguous(),

@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sdar_kernels.linear_cross_entropy import (
-    Reductions,
-    linear_cross_entropy,
-    row_statistics_torch,
-    write_gradient_torch,
-)
+from sdar_kernels.cross_entropy_rows import row_statistics_torch, write_gradient_torch
+from sdar_kernels.linear_cross_entropy import Reductions, linear_cross_entropy
 from sdar_kernels.triton_cross_entropy import row_statistics, write_gradient
 from torch import Tensor
 

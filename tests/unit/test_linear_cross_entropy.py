@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from sdar_kernels import cross_entropy_rows, reference
 from sdar_kernels import linear_cross_entropy as module
-from sdar_kernels import reference
+from sdar_kernels.cross_entropy_rows import (
+    row_statistics_torch,
+    scale_exponentials,
+    write_gradient_torch,
+)
 from sdar_kernels.linear_cross_entropy import (
     Reductions,
     default_chunk_tokens,
     linear_cross_entropy,
-    row_statistics_torch,
-    scale_exponentials,
-    write_gradient_torch,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,7 +84,7 @@ def test_a_cpus_tiles_of_rows_and_of_the_head_change_nothing(
 ) -> None:
     inputs = _inputs(29, torch.bfloat16)
     whole = _actual(inputs, chunk_tokens=16)
-    monkeypatch.setattr(module, "_TILE_ELEMENTS", {"cpu": 3 * VOCAB})
+    monkeypatch.setattr(cross_entropy_rows, "_TILE_ELEMENTS", {"cpu": 3 * VOCAB})
     monkeypatch.setattr(module, "_HEAD_ROWS", 5)
     _assert_close(_actual(inputs, chunk_tokens=16), whole, 1e-6)
 
