@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], place: Place) -> Iterator[Finding]:
     except ValueError as error:
         yield from _lines("config", str(error), _RUN_IT)
         return
-    yield ok("config", f"{arguments[0]}: {len(config.warnings)} warnings")
+    yield ok("config", "\n".join((f"{arguments[0]}: no error in any key", *config.warnings)))
     world = place.processes or _smallest_world(config, place.device)
     try:
         arch = resolve_architecture(config)
@@ -70,12 +70,13 @@ def run(arguments: Sequence[str], place: Place) -> Iterator[Finding]:
     yield from trackers(config)
     try:
         validate(config, arch, world)
-        config = with_global_batch(config, world)
+        loaded, config = config, with_global_batch(config, world)
         check_schedule(config)
     except ValueError as error:
         yield from _lines("sizes", str(error), "change what is named")
         return
-    yield ok("sizes", _layout(config, world))
+    later = config.warnings[len(loaded.warnings) :]
+    yield ok("sizes", "\n".join((_layout(config, world), *later)))
     yield memory(config, estimate_memory(config, arch, world), world, place)
     yield storage(Path(config.training.output_dir), bytes_on_disk(config, arch))
 
@@ -99,9 +100,12 @@ def _layout(config: SdarConfig, world: int) -> str:
     dp = world // (tp * pp)
     rows = config.training.per_device_train_batch_size
     steps = config.training.gradient_accumulation_steps
+    length = config.diffusion.row_length
+    if length is None:
+        length = (1 + config.diffusion.noisy_views) * config.data.cutoff_len
     return (
         f"{world} processes = tensor {tp} x pipeline {pp} x data {dp}; "
-        f"{rows * steps * dp} rows of {config.data.cutoff_len} tokens per step"
+        f"{rows * steps * dp} rows of {length} tokens, copies included, per step"
     )
 
 

@@ -215,9 +215,23 @@ def test_a_config_that_is_ready(config: Path) -> None:
     assert {each.state for each in found.values()} == {OK}
     names = ["config", "model", "tokenizer", "data", "sizes", "memory", "output_dir"]
     assert list(found) == names
-    assert found["sizes"].text.startswith("2 processes = tensor 2 x pipeline 1 x data 1; 8 rows of")
+    assert found["sizes"].text == (
+        "2 processes = tensor 2 x pipeline 1 x data 1; 8 rows of 512 tokens, copies included, per step"
+    )
+    assert found["config"].text == f"{config}: no error in any key"
     assert "random at first" in found["model"].text
     assert "2 on this host's CPU" in found["memory"].text
+
+
+def test_warnings_are_listed(config: Path) -> None:
+    given = ["flash_attn=fa2", "global_batch_size=32", "gradient_accumulation_steps=2"]
+    found = examine(config, *given, "row_length=300")
+    (first, warning) = found["config"].text.splitlines()
+    assert "flash_attn is" in warning, first
+    layout, changed = found["sizes"].text.splitlines()
+    assert layout.endswith("32 rows of 300 tokens, copies included, per step")
+    assert "by global_batch_size=32 on 1 processes; 2 is ignored" in changed
+    assert {each.state for each in found.values()} == {OK}
 
 
 @pytest.mark.parametrize(
