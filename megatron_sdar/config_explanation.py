@@ -6,11 +6,12 @@ with a problem. Values of keys that hold secrets are not shown.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sdar.compat import SECOND_NAMES, Verdict
+from megatron_sdar.compat_defaults import THEIR_DEFAULTS
 from megatron_sdar.config import judge, read_entries, resolve, resolved_text, to_flat_dict
 from megatron_sdar.config_description import as_yaml
 from megatron_sdar.config_fields import SdarConfig
@@ -43,17 +44,35 @@ class ExplainedKey:
 
 
 @dataclass(frozen=True)
+class OtherDefault:
+    """A key that is not given, where LLaMA-Factory would do something else.
+
+    Attributes:
+        key: its name.
+        value, theirs: what it is here and there, as text.
+        change: what that changes.
+    """
+
+    key: str
+    value: str
+    theirs: str
+    change: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The table and what it adds up to.
 
     Attributes:
         keys: one per key, in the order of the file, command-line arguments in place.
+        defaults: what is not in the file; empty where a run would be refused.
         config: None where a run would be refused.
         problems: why a run would be refused, as loading says it, one line each.
         notes: what loading warns of beyond the table.
     """
 
     keys: tuple[ExplainedKey, ...]
+    defaults: tuple[OtherDefault, ...]
     config: SdarConfig | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -62,6 +81,7 @@ class Explanation:
         """Everything as one JSON object."""
         content: dict[str, Any] = {
             "keys": [vars(key) for key in self.keys],
+            "defaults": [vars(default) for default in self.defaults],
             "problems": list(self.problems),
             "notes": list(self.notes),
             "config": None if self.config is None else to_flat_dict(self.config),
@@ -90,7 +110,24 @@ def explain(argv: Sequence[str], *, allow_unknown: bool = False) -> Explanation:
     shown = {f"{entry.where}: {entry.key} is " for entry in entries}
     warnings = () if config is None else config.warnings
     notes = tuple(line for line in warnings if not any(line.startswith(text) for text in shown))
-    return Explanation(keys, config, problems, notes)
+    return Explanation(keys, _other_defaults(entries, verdicts, config), config, problems, notes)
+
+
+def _other_defaults(
+    entries: Sequence[Entry], verdicts: Mapping[str, Verdict], config: SdarConfig | None
+) -> tuple[OtherDefault, ...]:
+    if config is None:
+        return ()
+    # What a key of LLaMA-Factory was taken as is said, too.
+    said = {entry.key for entry in entries}
+    said |= {key for entry in entries for key in verdicts[entry.key].values}
+    said |= {SECOND_NAMES[key] for key in said if key in SECOND_NAMES}
+    flat = to_flat_dict(config)
+    return tuple(
+        OtherDefault(key, as_yaml(flat[key]), default.theirs, default.change)
+        for key, default in THEIR_DEFAULTS.items()
+        if key not in said and flat[key] not in default.values
+    )
 
 
 def _explain_key(entry: Entry, verdict: Verdict, config: SdarConfig | None) -> ExplainedKey:

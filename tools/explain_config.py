@@ -1,7 +1,8 @@
 """Say what becomes of every key of a LLaMA-Factory configuration, without running it.
 
 Each key is supported, mapped to another, ignored (with the reason) or refused (with what to use
-instead). Below the table stands the configuration that results. Needs neither torch nor a GPU.
+instead). Then come the keys that are not given although LLaMA-Factory's default is another, and the
+configuration that results. Needs neither torch nor a GPU.
 """
 
 import argparse
@@ -76,6 +77,14 @@ def _show(found: Explanation, console: Console) -> None:
             Text(key.where, style="dim"),
         )
     console.print(table)
+    if found.defaults:
+        console.print("\nNot given, and LLaMA-Factory's default is another:")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("key", "here", "LLaMA-Factory", "what that changes"):
+            table.add_column(name, overflow="fold", no_wrap=name == "key")
+        for default in found.defaults:
+            table.add_row(*map(Text, (default.key, default.value, default.theirs, default.change)))
+        console.print(table)
     for note in found.notes:
         console.print(Text(f"\n{note}"))
     if found.config is not None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from transformers import Seq2SeqTrainingArguments
 
 from megatron_sdar.compat import IGNORED, REFUSED, RENAMED
+from megatron_sdar.compat_defaults import THEIR_DEFAULTS
 from megatron_sdar.compat_mapped import MAPPED
 from megatron_sdar.config import SdarConfig, dump_resolved, judge, load_config, to_flat_dict
 from megatron_sdar.config_yaml import Entry
@@ -48,6 +49,18 @@ def test_every_key_of_the_installed_transformers_is_known() -> None:
     names = [argument.name for argument in fields(Seq2SeqTrainingArguments)]
     assert len(names) > 100
     assert [n for n in names if judge(Entry(n, None, "here")).kind == "unknown"] == []
+
+
+def test_defaults_are_those_of_transformers_or_stand_in_the_table(load: Load) -> None:
+    ours = flat(load())
+    same = {"do_train", "lr_scheduler_kwargs", "metric_for_best_model"}  # after set-up there
+    given = {"output_dir"}
+    shared = [f for f in fields(Seq2SeqTrainingArguments) if f.name in ours.keys() - same - given]
+    assert len(shared) > 30
+    other = {f.name for f in shared if f.default is not MISSING and f.default != ours[f.name]}
+    assert other <= THEIR_DEFAULTS.keys()
+    for key, default in THEIR_DEFAULTS.items():
+        assert ours[key] not in default.values, f"{key} is the same in both"
 
 
 def test_a_key_stands_in_one_table_only() -> None:

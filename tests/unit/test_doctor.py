@@ -216,7 +216,8 @@ def test_a_config_that_is_ready(config: Path) -> None:
     names = ["config", "model", "tokenizer", "data", "sizes", "memory", "output_dir"]
     assert list(found) == names
     assert found["sizes"].text == (
-        "2 processes = tensor 2 x pipeline 1 x data 1; 8 rows of 512 tokens, copies included, per step"
+        "2 processes = tensor 2 x pipeline 1 x data 1; "
+        "8 rows of 512 tokens, copies included, per step"
     )
     assert found["config"].text == f"{config}: no error in any key"
     assert "random at first" in found["model"].text

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_sdar.compat_defaults import THEIR_DEFAULTS
 from megatron_sdar.config import load_config, to_flat_dict
 from megatron_sdar.config_explanation import explain
 
@@ -57,6 +58,20 @@ def test_each_verdict(path: Path) -> None:
         "fp16",
         "unknown key 'sed'; did you mean 'seed'?",
     ]
+
+
+def test_defaults_that_are_not_llamafactorys(path: Path) -> None:
+    found = {default.key: default for default in explain([str(path)]).defaults}
+    assert found.keys() == THEIR_DEFAULTS.keys() - {"neat_packing"}, "packing says it"
+    assert (found["semantics"].value, found["semantics"].theirs) == ("exact", "paper")
+    assert (found["report_to"].value, found["logging_steps"].value) == ("[]", "10")
+    given = ["preset=paper", "report_to=none", "logging_steps=500", "template=qwen3"]
+    left = {default.key for default in explain([str(path), *given]).defaults}
+    assert left == {"finetuning_type", "per_device_eval_batch_size"}
+    assert explain([str(path), "sed=1"]).defaults == ()
+    shown = run_tool(str(path)).stdout
+    assert "finetuning_type" in shown.split("default is another:")[1].split("# Resolved")[0]
+    assert json.loads(run_tool(str(path), "--json").stdout)["defaults"][0]["theirs"] == "lora"
 
 
 def test_what_keys_become(path: Path) -> None:

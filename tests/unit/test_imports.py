@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG, ENTRY = 0, 6
 CONFIG_FILES = (
-    "architecture", "compat", "compat_ignored", "compat_mapped", "compat_refused", "config",
+    "architecture", "compat", "compat_defaults", "compat_ignored", "compat_mapped",
+    "compat_refused", "config",
     "config_batch",
     "config_description", "config_explanation", "config_fields", "config_rules", "config_sections",
     "config_presets", "config_rules_diffusion", "config_rules_evaluation",
