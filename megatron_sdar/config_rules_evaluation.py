@@ -78,6 +78,7 @@ def _best(config: SdarConfig) -> Iterator[str]:
         for name, wanted in (
             ("load_best_model_at_end", evaluation.load_best_model_at_end),
             ("early_stopping_steps", evaluation.early_stopping_steps is not None),
+            ("save_strategy: best", training.save_strategy == "best"),
         )
         if wanted
     ]
@@ -91,8 +92,9 @@ def _best(config: SdarConfig) -> Iterator[str]:
     if training.save_strategy == "no":
         yield (
             "load_best_model_at_end needs checkpoints where it evaluates; set save_strategy to "
-            f"eval_strategy ({evaluation.eval_strategy})"
+            f"eval_strategy ({evaluation.eval_strategy}), or to best"
         )
+    if training.save_strategy in ("no", "best"):
         return
     every = training.logging_steps if evaluation.eval_steps is None else evaluation.eval_steps
     ratio = training.save_steps / every

@@ -46,9 +46,10 @@ class TrainingConfig:
     logging_steps: float = key("steps between metrics; below 1: fraction of all steps", 10, above=0)
     save_steps: float = key("steps between checkpoints; below 1: fraction", 500, above=0)
     save_strategy: str = key(
-        "when checkpoints are written; epoch: save_steps becomes an epoch's share of the run",
+        "when checkpoints are written, beside the last one; epoch: save_steps becomes an epoch's "
+        "share of the run; best: after each evaluation that is better than all before it",
         "steps",
-        choices=("steps", "epoch", "no"),
+        choices=("steps", "epoch", "best", "no"),
     )
     save_total_limit: int | None = key("checkpoints kept; default: all", None, minimum=1)
     save_only_model: bool = key("leave out the optimizer: smaller, cannot be resumed", False)

@@ -26,6 +26,7 @@ class BestModel:
         value, step: of the best evaluation; None before the first.
         saved_value, saved_step: of the best one that has a checkpoint.
         without_better: evaluations since the best one.
+        saves_best: every evaluation that is better than all before it gets a checkpoint.
     """
 
     metric: str
@@ -36,12 +37,13 @@ class BestModel:
     saved_value: float | None = None
     saved_step: int | None = None
     without_better: int = 0
+    saves_best: bool = False
 
-    def update(self, step: int, metrics: Mapping[str, float], is_saved: bool) -> None:
-        """Take in an evaluation.
+    def update(self, step: int, metrics: Mapping[str, float], is_saved: bool) -> bool:
+        """Take in an evaluation; returns whether a checkpoint of this step is written.
 
         Args:
-            is_saved: whether a checkpoint of this step is written.
+            is_saved: whether one is written however good it is.
 
         Raises:
             ValueError: there is no such metric, or it is not finite.
@@ -55,10 +57,12 @@ class BestModel:
             )
         if self._is_better(value, self.value):
             self.value, self.step, self.without_better = value, step, 0
+            is_saved = is_saved or self.saves_best
         else:
             self.without_better += 1
         if is_saved and self._is_better(value, self.saved_value):
             self.saved_value, self.saved_step = value, step
+        return is_saved
 
     @property
     def stops(self) -> bool:
@@ -98,5 +102,8 @@ def check_metric(metric: str, names: Collection[str]) -> None:
 def make_best_model(config: SdarConfig) -> BestModel:
     """What the configuration watches."""
     return BestModel(
-        best_metric(config), greater_is_better(config), config.evaluation.early_stopping_steps
+        best_metric(config),
+        greater_is_better(config),
+        config.evaluation.early_stopping_steps,
+        saves_best=config.training.save_strategy == "best",
     )

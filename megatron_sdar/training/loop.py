@@ -137,9 +137,10 @@ class TrainingLoop:
                 if self._do_step() and state.done < plan.total:
                     state.evaluation_is_due = self._is_evaluation_due
                     return self._leave()
+                is_saved = plan.saves(state.done)
                 if self._is_evaluation_due:
-                    self._evaluate_step()
-                if plan.saves(state.done) or state.best.stops:
+                    is_saved = self._evaluate_step()
+                if is_saved or state.best.stops:
                     self._save()
         except EvaluationStoppedError:
             state.evaluation_is_due = state.done > 0
@@ -190,16 +191,17 @@ class TrainingLoop:
         done, epoch = self._state.done, self._loader.epoch
         return evaluate(evaluator, self._reporter, self._output_dir, done, epoch)
 
-    def _evaluate_step(self) -> None:
-        """Evaluate the weights after the latest step, and judge them."""
+    def _evaluate_step(self) -> bool:
+        """Evaluate the weights after the latest step; returns whether they are saved."""
         assert self._evaluator is not None, "an evaluation is due"
         state, done = self._state, self._state.done
         with self._log_sums.paused():
             metrics = self._evaluate(self._evaluator)
         state.evaluation_is_due = False
-        state.best.update(done, metrics, self._plan.saves(done))
+        is_saved = state.best.update(done, metrics, self._plan.saves(done))
         if state.best.stops and not self._plan.logs(done):
             self._log()  # the last step is always logged
+        return is_saved
 
     def _save(self) -> None:
         state = self._state

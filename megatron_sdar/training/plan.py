@@ -18,7 +18,8 @@ class StepPlan:
 
     Attributes:
         total: the last step.
-        log_every, save_every, eval_every: periods; None: never but where the run ends.
+        log_every, save_every, eval_every: periods; None: never but where the run ends. What
+            save_strategy: best saves is decided by the evaluations.
         logs_first: whether the first step is logged, too.
         warmup: steps of the learning rate's warmup.
         evaluates_at_end: whether the last weights are evaluated.
@@ -47,10 +48,11 @@ class StepPlan:
         return _is_due(done, self.eval_every)
 
     def saves_before_end(self, done: int) -> bool:
-        """Whether a checkpoint is due between `done` and the last step."""
-        return self.save_every is not None and self.save_every * (done // self.save_every + 1) < (
-            self.total
-        )
+        """Whether a checkpoint is due, or may be, between `done` and the last step."""
+        every = self.save_every
+        if self.config.training.save_strategy == "best":
+            every = self.eval_every
+        return every is not None and every * (done // every + 1) < self.total
 
     def learning_rate(self, done: int) -> float:
         """Of the step that follows `done` steps."""

@@ -289,6 +289,27 @@ def test_the_best_is_kept_exported_and_remembered_and_training_stops(
         assert torch.equal(weights(elsewhere)[name], tensor), name
 
 
+def test_only_better_ones_and_the_last_are_saved(demo: Path, tmp_path: Path) -> None:
+    """A learning rate that soon ruins the model, on two ranks; killed once, by a step limit."""
+    output = tmp_path / "run"
+    settings = EVALUATED | {
+        "max_steps": 8, "eval_steps": 1, "save_strategy": "best", "gradient_accumulation_steps": 2,
+        "eval_on_start": False, "eval_generate_samples": 0, "eval_block_lengths": [4],
+        "learning_rate": 0.3, "lr_scheduler_type": "constant", "load_best_model_at_end": True,
+    }  # fmt: skip
+    arguments = write(demo, output, settings)
+    for limit in (2, 8):
+        done = train(2, [*arguments, f"max_steps={limit}"])
+        assert done.returncode == 0, done.stderr
+    losses = {step: metrics["eval_loss"] for step, metrics in evaluations(output).items()}
+    better = [s for s in losses if all(losses[s] < losses[e] for e in losses if e < s)]
+    assert len(better) < 8
+    assert max(better) < 8, "the last one is saved though it is not better"
+    found = sorted(int(path.name[11:]) for path in output.glob("checkpoint-*"))
+    assert found == sorted({*better, 2, 8})
+    assert f"from checkpoint-{better[-1]}, the best" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -27,6 +27,15 @@ def test_the_best_of_all_and_the_best_that_was_saved() -> None:
     assert (best.value, best.step, best.saved_step) == (4.0, 2, 2)
 
 
+def test_what_is_saved_when_only_better_ones_are() -> None:
+    best = BestModel("eval_loss", False, None, saves_best=True)
+    values = [3.0, 1.0, 2.0, 1.0, 0.5, 0.7]
+    saved = [best.update(n, {"eval_loss": value}, n == 6) for n, value in enumerate(values, 1)]
+    assert saved == [True, True, False, False, True, True]
+    assert (best.saved_value, best.saved_step) == (0.5, 5)
+    assert watch([3.0, 1.0], set()).saved_step is None
+
+
 def test_patience_counts_evaluations_in_a_row() -> None:
     best = watch([3.0, 4.0, 2.0, 2.0, 5.0], set())
     assert best.without_better == 2

@@ -50,6 +50,8 @@ def load(tmp_path: Path) -> Load:
         (STEPS + "early_stopping_steps: 2\nmetric_for_best_model: exact_match",
          "metric_for_best_model=eval_exact_match needs eval_generate_samples above 0"),
         (STEPS + "load_best_model_at_end: true\nsave_strategy: 'no'", "needs checkpoints where it"),
+        (STEPS + "save_strategy: best\neval_steps: 7\nload_best_model_at_end: true", None),
+        ("save_strategy: best", "save_strategy: best needs evaluations; set eval_strategy: steps"),
         (STEPS + "load_best_model_at_end: true\nsave_steps: 30\neval_steps: 15", None),
         (STEPS + "load_best_model_at_end: true\nsave_steps: 30\neval_steps: 20",
          "save_steps=30 is not a multiple of eval_steps=20"),
@@ -108,3 +110,10 @@ def test_checkpoints_among_which_the_best_is_sought_are_all_evaluated(
     steps = range(1, 15)
     assert [step for step in steps if plan.saves(step)] == saves
     assert [step for step in steps if plan.evaluates(step)] == evaluates
+
+
+def test_the_best_is_saved_whenever_it_is_found(load: Load) -> None:
+    text = f"{STEPS}max_steps: 14\neval_steps: 5\nsave_strategy: best"
+    plan = make_plan(load(text), None, None)  # type: ignore[arg-type]  # max_steps needs neither
+    assert [step for step in range(1, 15) if plan.saves(step)] == [14], "what is due in any case"
+    assert [plan.saves_before_end(done) for done in (0, 4, 9, 10)] == [True, True, True, False]
