@@ -118,9 +118,9 @@ def _other_defaults(
 ) -> tuple[OtherDefault, ...]:
     if config is None:
         return ()
-    # What a key of LLaMA-Factory was taken as is said, too.
-    said = {entry.key for entry in entries}
-    said |= {key for entry in entries for key in verdicts[entry.key].values}
+    # What a key of LLaMA-Factory was taken as is said, too; null says nothing.
+    given = [entry.key for entry in entries if entry.value is not None]
+    said = {*given, *(key for name in given for key in verdicts[name].values)}
     said |= {SECOND_NAMES[key] for key in said if key in SECOND_NAMES}
     flat = to_flat_dict(config)
     return tuple(

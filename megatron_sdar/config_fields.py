@@ -39,6 +39,12 @@ class SdarConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row, copies and padding included."""
+        copies = 1 + self.diffusion.noisy_views
+        return self.diffusion.row_length or copies * self.data.cutoff_len
+
 
 SECTION_TYPES: Mapping[str, type] = {
     "model": ModelConfig,

@@ -186,8 +186,7 @@ def _tensor_parallel(config: SdarConfig, architecture: Architecture) -> Iterator
                 f"tensor_model_parallel_size={tp}; "
                 f"set make_vocab_size_divisible_by: {lcm(divisor, tp)}"
             )
-    rows, cutoff = config.training.per_device_train_batch_size, config.data.cutoff_len
-    length = config.diffusion.row_length or (1 + config.diffusion.noisy_views) * cutoff
+    rows, length = config.training.per_device_train_batch_size, config.row_length
     if parallel.sequence_parallel and (length * rows) % tp:
         yield (
             f"with sequence_parallel a row's {length} positions x per_device_train_batch_size = "

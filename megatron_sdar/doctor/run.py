@@ -100,12 +100,9 @@ def _layout(config: SdarConfig, world: int) -> str:
     dp = world // (tp * pp)
     rows = config.training.per_device_train_batch_size
     steps = config.training.gradient_accumulation_steps
-    length = config.diffusion.row_length
-    if length is None:
-        length = (1 + config.diffusion.noisy_views) * config.data.cutoff_len
     return (
         f"{world} processes = tensor {tp} x pipeline {pp} x data {dp}; "
-        f"{rows * steps * dp} rows of {length} tokens, copies included, per step"
+        f"{rows * steps * dp} rows of {config.row_length} tokens, copies included, per step"
     )
 
 

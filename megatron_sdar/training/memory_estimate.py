@@ -178,10 +178,7 @@ def _activation_bytes(
     """(kept for backward, needed on top by a layer's backward and the loss)."""
     parallel, tp = config.parallel, config.parallel.tensor_model_parallel_size
     size = precision(config).compute.itemsize
-    length = config.diffusion.row_length or (1 + config.diffusion.noisy_views) * (
-        config.data.cutoff_len
-    )
-    tokens = config.training.per_device_train_batch_size * length
+    tokens = config.training.per_device_train_batch_size * config.row_length
     hidden = arch.hidden_size
     stream = hidden / (tp if parallel.sequence_parallel else 1)
     query = arch.num_attention_heads * arch.head_dim / tp

@@ -68,6 +68,9 @@ def test_defaults_that_are_not_llamafactorys(path: Path) -> None:
     given = ["preset=paper", "report_to=none", "logging_steps=500", "template=qwen3"]
     left = {default.key for default in explain([str(path), *given]).defaults}
     assert left == {"finetuning_type", "per_device_eval_batch_size"}
+    nothing = [given[0], *given[2:], "packing=null", "report_to=null"]
+    left = {default.key for default in explain([str(path), *nothing]).defaults}
+    assert left == {"finetuning_type", "per_device_eval_batch_size", "neat_packing", "report_to"}
     assert explain([str(path), "sed=1"]).defaults == ()
     shown = run_tool(str(path)).stdout
     assert "finetuning_type" in shown.split("default is another:")[1].split("# Resolved")[0]

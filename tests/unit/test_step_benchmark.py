@@ -271,3 +271,10 @@ def test_a_model_of_42_million_parameters() -> None:
     layer = projections + 3 * arch.hidden_size * arch.intermediate_size
     vocabulary = 2 * arch.vocab_size * arch.hidden_size
     assert 41.9e6 < 8 * layer + vocabulary < 42.0e6
+
+
+def test_rows_of_exact_grow_with_the_published_ones() -> None:
+    options = StepOptions()
+    lengths = [options.shape(length).kept_row_length for length in options.lengths]
+    assert lengths == [1536, 2560]
+    assert StepOptions(row_length=64).shape(2048).kept_row_length == 64
