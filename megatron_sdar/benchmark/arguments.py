@@ -19,8 +19,10 @@ One optimizer step of a 42 M parameter model, in turn and on the same documents:
   peer        transformers' Qwen3, rows [noisy | clean], dense mask, SDPA, torch's AdamW
   paper       this trainer on the same whole copies
   exact       this trainer on the blocks that the loss depends on, packed by what is left
-  exact bf16  the same with bf16 activations over fp32 weights; left out where the CPU has no
-              bf16 units and would take 50 times as long
+  two views   exact with two complementary noisy copies behind one clean copy of each document,
+              which the peer takes as two rows
+  exact bf16  exact with bf16 activations over fp32 weights; left out where the CPU has no bf16
+              units and would take 50 times as long
   floor       time of exact's matrix products at the rate of one large product beside the step
 
 and the CPU time of TP2 with sequence parallelism, PP2 and FSDP2 over two gloo processes beside one

@@ -8,19 +8,26 @@ time that the products of our step would take at the rate of a large matrix prod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from sdar_kernels.bf16_products import bf16_slowdown
 
 from megatron_sdar.benchmark.step_clock import ProductRate, StepTime, time_step
 from megatron_sdar.benchmark.step_data import Corpus, Document
+from megatron_sdar.benchmark.step_figures import (
+    FormFigures,
+    StepFigures,
+    find_cpu_speedups,
+    find_ratios,
+)
 from megatron_sdar.benchmark.step_forms import (
     EXACT,
     EXACT_BF16,
+    EXACT_VIEWS,
+    NUM_VIEWS,
     PAPER,
     PEER,
     Form,
@@ -34,80 +41,15 @@ from megatron_sdar.benchmark.step_memory import StepMemory, measure_memory
 from megatron_sdar.benchmark.step_notes import step_notes
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import plain_weights
-from megatron_sdar.benchmark.step_parallel import LayoutFigures, measure_layouts
-from megatron_sdar.benchmark.step_rows import Packing, choose_documents
+from megatron_sdar.benchmark.step_parallel import measure_layouts
+from megatron_sdar.benchmark.step_rows import Packer, Packing, RowShape, choose_documents
 from megatron_sdar.parallel.host_memory import keep_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 
-_LOSS_TOLERANCE = {PAPER: 1e-4, EXACT: 1e-4, EXACT_BF16: 2e-2}
+_LOSS_TOLERANCE = {PAPER: 1e-4, EXACT: 1e-4, EXACT_VIEWS: 1e-4, EXACT_BF16: 2e-2}
 _TIMEOUT_SECONDS = 3600
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class FormFigures:
-    """One form at one row length.
-
-    Attributes:
-        length: document tokens of a published row, which has twice as many.
-        rows, fill: of the step, and the occupied share of their tokens.
-        row_tokens, answer_tokens: of the step: all tokens of its rows; label tokens.
-        seconds, cpu_seconds: of a step, medians; rounds: how many.
-        answer_tokens_per_s, row_tokens_per_s: by the clock.
-        flops: of the form's own products.
-        mfu: them over a step's seconds at the product's rate beside it; median over the steps.
-        mfu_of_best: them over the median seconds at the best rate of the run.
-        loss: of the first step.
-        memory: peak of a step over the first two rows; None for a form that is not measured.
-    """
-
-    length: int
-    form: str
-    rows: int
-    fill: float
-    row_tokens: int
-    answer_tokens: int
-    seconds: float
-    cpu_seconds: float
-    rounds: int
-    answer_tokens_per_s: float
-    row_tokens_per_s: float
-    flops: int
-    mfu: float
-    mfu_of_best: float
-    loss: float
-    memory: StepMemory | None
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What `measure_step` finds.
-
-    Attributes:
-        forms: every form at every length.
-        layouts: parallel overhead; empty if it is not measured.
-        product_gflops: best rate of the matrix product by dtype.
-        ratios: the figures with goals, see `_ratios`; then each layout's. None: not measured.
-        cpu_speedups: answer tokens per CPU second of exact over those of the peer, by length.
-            Far from the speedup by the clock: other programs took cores from one of the two.
-        notes: what the figures are divided by, and other things a reader must know.
-    """
-
-    forms: tuple[FormFigures, ...]
-    layouts: tuple[LayoutFigures, ...]
-    product_gflops: dict[str, float]
-    ratios: dict[str, float | None]
-    cpu_speedups: dict[int, float]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The ratios first, on top level."""
-        details = asdict(self)
-        return {**details.pop("ratios"), **details}
-
-    def form(self, length: int, name: str) -> FormFigures:
-        return next(each for each in self.forms if (each.length, each.form) == (length, name))
 
 
 Keep = Callable[[StepFigures], None]
@@ -176,7 +118,7 @@ def _measure_forms(options: StepOptions, corpus: Corpus, say: Say) -> Iterator[S
             known = [each.figures(rates) for each in [*done, *timed]]
             gflops = {name: rate / 1e9 for name, rate in rates.items()}
             yield StepFigures(
-                tuple(known), (), gflops, _ratios(known), _cpu_speedups(known), tuple(notes)
+                tuple(known), (), gflops, find_ratios(known), find_cpu_speedups(known), tuple(notes)
             )
         done += timed
 
@@ -239,21 +181,26 @@ def _time_length(
     Yields the forms when they have been timed, and again with the memory of all of them.
     """
     shape = options.shape(length)
-    longest = min(length, shape.kept_row_length // 2)
-    documents = choose_documents(corpus, [shape.pack_whole, shape.pack_kept], options.rows, longest)
+    packers: list[Packer] = [
+        shape.pack_whole,
+        shape.pack_kept,
+        partial(shape.pack_kept, num_views=2),
+    ]
+    documents = choose_documents(corpus, packers, options.rows, shape.longest(2))
     say(f"rows of 2 x {length} tokens, {len(documents)} documents: first steps, losses")
+    expected = _peer_losses(forms[PEER], documents, shape)
     timed = []
     for name, form in forms.items():
         form.bind(documents, shape)
         packing = form.packing(documents, shape)
-        kept = name in (EXACT, EXACT_BF16)
-        row_tokens = (shape.kept_row_length if kept else 2 * length) * len(packing.rows)
-        answers = sum(document.num_labels for document in documents)
-        loss = time_step(form.step).loss
+        whole = name in (PEER, PAPER)
+        row_tokens = (2 * length if whole else shape.kept_row_length) * len(packing.rows)
+        answers = NUM_VIEWS[name] * sum(document.num_labels for document in documents)
+        loss = expected[1] if name == PEER else time_step(form.step).loss
         timed.append(
             _Timed(length, name, packing, row_tokens, answers, form.flops().total, loss, [])
         )
-        _check_loss(name, loss, timed[0].loss)
+        _check_loss(name, loss, expected[NUM_VIEWS[name]])
         say(f"  {name}: loss {loss:.6f}")
     for number in range(max(options.rounds, options.peer_rounds)):
         say(f"  round {number + 1}")
@@ -271,40 +218,19 @@ def _time_length(
     yield timed
 
 
+def _peer_losses(peer: Form, documents: Sequence[Document], shape: RowShape) -> dict[int, float]:
+    """The loss that one and two views of the documents have; a view's rows are a step each."""
+    assert isinstance(peer, PeerForm)
+    losses = []
+    for view in (1, 0):
+        peer.bind(documents, shape, view)
+        losses.append(time_step(peer.step).loss)
+    return {1: losses[-1], 2: sum(losses) / 2}
+
+
 def _check_loss(name: str, loss: float, expected: float) -> None:
     if name != PEER and abs(loss - expected) > _LOSS_TOLERANCE[name] * abs(expected):
         raise ValueError(
             f"{name} has loss {loss}, the peer {expected}: they do not compute the same, so "
             "nothing was timed; this is a defect: please report it"
         )
-
-
-def _ratios(forms: Sequence[FormFigures]) -> dict[str, float | None]:
-    """The figures that have goals. Of one row length where none is named: the first."""
-    by_name = {(each.length, each.form): each for each in forms}
-    lengths = list(dict.fromkeys(each.length for each in forms))
-    speedups: dict[str, float | None] = {}
-    memory: dict[str, float | None] = {}
-    for length in lengths:
-        peer, exact = by_name[length, PEER], by_name[length, EXACT]
-        speedups[f"speedup_vs_peer_{length}"] = exact.answer_tokens_per_s / peer.answer_tokens_per_s
-        if peer.memory is not None and exact.memory is not None:
-            ratio = exact.memory.total_mb / peer.memory.total_mb
-            memory[f"memory_vs_peer_{length}"] = ratio
-    paper, exact = by_name[lengths[0], PAPER], by_name[lengths[0], EXACT]
-    bf16 = by_name.get((lengths[0], EXACT_BF16))
-    return {
-        **speedups,
-        "speedup_vs_paper_semantics": exact.answer_tokens_per_s / paper.answer_tokens_per_s,
-        "floor_share_fp32": exact.mfu,
-        "floor_share_bf16": None if bf16 is None else bf16.mfu,
-        **memory,
-        "floor_share_fp32_of_best": exact.mfu_of_best,
-        "floor_share_bf16_of_best": None if bf16 is None else bf16.mfu_of_best,
-    }
-
-
-def _cpu_speedups(forms: Sequence[FormFigures]) -> dict[int, float]:
-    cpu = {(each.length, each.form): each.cpu_seconds for each in forms}
-    lengths = dict.fromkeys(each.length for each in forms)
-    return {length: cpu[length, PEER] / cpu[length, EXACT] for length in lengths}

@@ -21,6 +21,7 @@ from megatron_sdar.data.storage.tokens import TokenizedDataset
 from megatron_sdar.data.templates.template import TemplateOptions
 from megatron_sdar.data.tokenization.tokenizer import load_tokenizer
 from megatron_sdar.diffusion.noise import NoiseDraw, NoiseKey, draw_noise
+from megatron_sdar.diffusion.noise_schedule import complement
 from megatron_sdar.diffusion.rows import IGNORED_LABEL
 
 NOISE_EPS = 1e-3
@@ -32,7 +33,7 @@ class Document:
 
     Attributes:
         ids, labels: int32 [n]; IGNORED_LABEL marks the prompt.
-        noise: the draw that every form trains on.
+        noise: the draw that every form trains on; views beyond the first follow from it.
     """
 
     ids: NDArray[np.int32]
@@ -42,6 +43,12 @@ class Document:
     @property
     def num_labels(self) -> int:
         return int(np.count_nonzero(self.labels != IGNORED_LABEL))
+
+    def views(self, count: int) -> tuple[NoiseDraw, ...]:
+        """The noise of one noisy copy, or of a complementary pair of them."""
+        assert count in (1, 2)
+        mate = complement(self.noise, self.labels != IGNORED_LABEL)
+        return (self.noise, mate)[:count]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from megatron_sdar.diffusion.rows import Row
 from megatron_sdar.training.flops import RowWork, StepFlops, step_flops
 
 PEER, PAPER, EXACT, EXACT_BF16 = "peer", "paper", "exact", "exact bf16"
-FORMS = (PEER, PAPER, EXACT, EXACT_BF16)
+# Two complementary noisy copies behind one clean copy.
+EXACT_VIEWS = "exact, two views"
+FORMS = (PEER, PAPER, EXACT, EXACT_VIEWS, EXACT_BF16)
+NUM_VIEWS = {PEER: 1, PAPER: 1, EXACT: 1, EXACT_VIEWS: 2, EXACT_BF16: 1}
 
 
 def measured_forms(slowdown: float, *, slow_bf16: bool) -> list[str]:
@@ -55,8 +58,9 @@ class PeerForm:
     def num_parameters(self) -> int:
         return self._step.num_parameters
 
-    def bind(self, documents: Sequence[Document], shape: RowShape) -> None:
-        self._rows = peer_rows(documents, shape)
+    def bind(self, documents: Sequence[Document], shape: RowShape, view: int = 0) -> None:
+        """The same with the noise of one view."""
+        self._rows = peer_rows(documents, shape, view)
 
     def step(self, num_rows: int | None = None) -> float:
         return self._step.run(self._rows[:num_rows])
@@ -76,8 +80,10 @@ class PeerForm:
 class OwnForm:
     """The trainer's step; exact leaves out what the loss does not depend on."""
 
-    def __init__(self, options: StepOptions, *, exact: bool, compute: torch.dtype) -> None:
-        self._arch, self._exact = options.arch, exact
+    def __init__(
+        self, options: StepOptions, *, exact: bool, num_views: int, compute: torch.dtype
+    ) -> None:
+        self._arch, self._exact, self._num_views = options.arch, exact, num_views
         self._learning_rate = options.optim.learning_rate
         self.training = make_own_step(
             options.arch,
@@ -90,13 +96,19 @@ class OwnForm:
         self._rows: list[Row] = []
 
     def bind(self, documents: Sequence[Document], shape: RowShape) -> None:
-        self._rows = shape.kept_rows(documents) if self._exact else shape.whole_rows(documents)
+        self._rows = (
+            shape.kept_rows(documents, self._num_views)
+            if self._exact
+            else shape.whole_rows(documents)
+        )
 
     def step(self, num_rows: int | None = None) -> float:
         return self.training.run(self._rows[:num_rows], self._learning_rate).loss
 
     def packing(self, documents: Sequence[Document], shape: RowShape) -> Packing:
-        return (shape.pack_kept if self._exact else shape.pack_whole)(documents)
+        if self._exact:
+            return shape.pack_kept(documents, self._num_views)
+        return shape.pack_whole(documents)
 
     def flops(self) -> StepFlops:
         works = [RowWork.of(row) for row in self._rows]
@@ -110,4 +122,4 @@ def make_form(
     if name == PEER:
         return PeerForm(options, weights)
     compute = torch.bfloat16 if name == EXACT_BF16 else torch.float32
-    return OwnForm(options, exact=name != PAPER, compute=compute)
+    return OwnForm(options, exact=name != PAPER, num_views=NUM_VIEWS[name], compute=compute)

@@ -91,4 +91,4 @@ def _first_step(form: Form, options: StepOptions) -> None:
 
 def _tiny(length: int) -> Document:
     ids = np.arange(1, length + 1, dtype=np.int32)
-    return Document(ids, ids, NoiseDraw(1.0, np.ones(length, dtype=np.bool_)))
+    return Document(ids, ids, NoiseDraw(0.5, np.ones(length, dtype=np.bool_)))

@@ -13,13 +13,17 @@ def step_notes(options: StepOptions, corpus: Corpus, num_parameters: int) -> lis
     notes = [
         f"Model: {num_parameters / 1e6:.1f} M parameters, counted in transformers; untied head; "
         f"block length {options.block_length}; {options.threads} torch threads.",
-        "answer tokens/s: label tokens of the documents, masked or not, over the median seconds "
+        "answer tokens/s: label tokens of the noisy copies, masked or not, over the median seconds "
         "of an optimizer step (all rows forward and backward, clipping, fused AdamW). All forms "
         "see the same documents, weights and noise; their first losses agree to 1e-4 (bf16 2e-2).",
         "peer: transformers + dense mask + SDPA; paper: our trainer on whole copies; exact: our "
         "trainer on the blocks that the loss depends on, packed by what is left, and a last layer "
         f"without unused outputs, in rows of {kept} tokens: what is left of a document needs no "
         "row of two copies. Nothing is recomputed in backward.",
+        "exact, two views: each document with two noisy copies behind one clean copy; the second "
+        "masks the answer tokens that the first left (noisy_views: 2, complementary_views: true; "
+        "not the default). The peer takes the two as rows of their own, so its answer tokens/s "
+        "stay the same and its mean loss over both is what this form's is compared with.",
         "FLOPs: products of forward plus twice that for backward, allowed pairs and masked "
         "logits only; for the peer all pairs and the noisy half's logits, since it computes them. "
         "MFU: them over seconds over the rate of a product of "

@@ -43,13 +43,16 @@ class PeerRow:
     num_labels: int
 
 
-def peer_rows(documents: Sequence[Document], shape: RowShape) -> list[PeerRow]:
-    """The rows of the step, packed as the published form of ours is."""
+def peer_rows(documents: Sequence[Document], shape: RowShape, view: int = 0) -> list[PeerRow]:
+    """The rows of the step, packed as the published form of ours is.
+
+    Rows hold one noisy copy of a document: each of its views has rows of its own.
+    """
     packing = shape.pack_whole(documents)
-    return [_peer_row([documents[number] for number in row], shape) for row in packing.rows]
+    return [_peer_row([documents[number] for number in row], shape, view) for row in packing.rows]
 
 
-def _peer_row(documents: Sequence[Document], shape: RowShape) -> PeerRow:
+def _peer_row(documents: Sequence[Document], shape: RowShape, view: int) -> PeerRow:
     length = shape.length
     clean, positions = torch.zeros(length, dtype=torch.int64), torch.arange(length)
     owner = torch.full((length,), -1)
@@ -57,11 +60,12 @@ def _peer_row(documents: Sequence[Document], shape: RowShape) -> PeerRow:
     start = 0
     for number, document in enumerate(documents):
         span = slice(start, start + document.ids.size)
+        noise = document.views(view + 1)[view]
         clean[span] = torch.from_numpy(document.ids).long()
         positions[span] = torch.arange(document.ids.size)
         owner[span] = number
-        masked[span] = torch.from_numpy(document.noise.masked)
-        weights[span] = 1.0 / float(document.noise.mask_prob)
+        masked[span] = torch.from_numpy(noise.masked)
+        weights[span] = 1.0 / float(noise.mask_prob)
         start = span.stop
     noisy = clean.masked_fill(masked, shape.mask_token_id)
     return PeerRow(

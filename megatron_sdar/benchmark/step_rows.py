@@ -54,12 +54,17 @@ class RowShape:
         rows = tuple(tuple(index.row(number).tolist()) for number in range(len(index)))
         return Packing(rows, index.fill)
 
-    def pack_kept(self, documents: Sequence[Document]) -> Packing:
+    def longest(self, num_views: int) -> int:
+        """Tokens of the longest document of which rows with exact savings hold any noise."""
+        return min(self.length, self.kept_row_length // (1 + num_views))
+
+    def pack_kept(self, documents: Sequence[Document], num_views: int = 1) -> Packing:
         """Exact savings: documents packed by what their noise leaves of them.
 
         One without a masked token takes no room; the first row counts its labels.
         """
-        sizes = np.array([num_row_blocks(self._kept(document)) for document in documents])
+        copies = [self._kept(document, num_views) for document in documents]
+        sizes = np.array([num_row_blocks(each) for each in copies])
         capacity = self.kept_row_length // self.block_length
         offsets, order = fill_rows(sizes, capacity)
         edges = offsets.tolist()
@@ -74,11 +79,13 @@ class RowShape:
             for row in self.pack_whole(documents).rows
         ]
 
-    def kept_rows(self, documents: Sequence[Document]) -> list[Row]:
-        """Rows of the blocks that the loss depends on."""
+    def kept_rows(self, documents: Sequence[Document], num_views: int = 1) -> list[Row]:
+        """Rows of the blocks that the loss depends on; the views of a document share a copy."""
         return [
-            self._build([self._kept(documents[number]) for number in row], self.kept_row_length)
-            for row in self.pack_kept(documents).rows
+            self._build(
+                [self._kept(documents[number], num_views) for number in row], self.kept_row_length
+            )
+            for row in self.pack_kept(documents, num_views).rows
         ]
 
     def _build(self, documents: Sequence[RowDocument], row_length: int) -> Row:
@@ -87,8 +94,9 @@ class RowShape:
     def _full(self, document: Document) -> RowDocument:
         return full_copies(document.ids, document.labels, self.block_length, document.noise)
 
-    def _kept(self, document: Document) -> RowDocument:
-        return kept_copies(document.ids, document.labels, self.block_length, [document.noise])
+    def _kept(self, document: Document, num_views: int) -> RowDocument:
+        views = document.views(num_views)
+        return kept_copies(document.ids, document.labels, self.block_length, views)
 
 
 def choose_documents(

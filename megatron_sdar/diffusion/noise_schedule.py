@@ -185,7 +185,9 @@ def _stratified(
 
 def _complements(draws: Sequence[NoiseDraw], documents: NoisyDocuments) -> list[NoiseDraw]:
     maskable = _parts(documents.maskable, documents.lengths)
-    return [
-        NoiseDraw(1.0 - draw.mask_prob, own & ~draw.masked, draw.flat_prob)
-        for draw, own in zip(draws, maskable, strict=True)
-    ]
+    return [complement(draw, own) for draw, own in zip(draws, maskable, strict=True)]
+
+
+def complement(draw: NoiseDraw, maskable: NDArray[np.bool_]) -> NoiseDraw:
+    """The view that masks exactly what this one left of the maskable tokens, with 1 - p."""
+    return NoiseDraw(1.0 - draw.mask_prob, maskable & ~draw.masked, draw.flat_prob)

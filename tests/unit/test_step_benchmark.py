@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,14 @@ from sdar_kernels.reference import dense_mask
 from megatron_sdar.benchmark import step, step_parallel
 from megatron_sdar.benchmark.step_clock import StepTime
 from megatron_sdar.benchmark.step_data import Corpus, Document, load_documents, save_documents
-from megatron_sdar.benchmark.step_forms import EXACT, EXACT_BF16, PAPER, PEER, measured_forms
+from megatron_sdar.benchmark.step_forms import (
+    EXACT,
+    EXACT_BF16,
+    EXACT_VIEWS,
+    PAPER,
+    PEER,
+    measured_forms,
+)
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import ONE_PROCESS, Layout
 from megatron_sdar.benchmark.step_peer import dense_row_mask, peer_rows
@@ -31,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = RowShape(length=32, block_length=4, mask_token_id=99, kept_row_length=64)
 RATIOS = (
     "speedup_vs_peer_256", "speedup_vs_paper_semantics", "floor_share_fp32", "floor_share_bf16",
-    "memory_vs_peer_256", "floor_share_fp32_of_best", "floor_share_bf16_of_best",
+    "memory_vs_peer_256", "speedup_vs_peer_256_two_views", "floor_share_fp32_of_best",
+    "floor_share_bf16_of_best",
 )  # fmt: skip
 
 
@@ -62,15 +71,20 @@ def test_every_figure_is_there_and_positive(quick: tuple[dict[str, Any], str, Pa
 
 def test_all_forms_trained_on_the_same_loss(quick: tuple[dict[str, Any], str, Path]) -> None:
     forms = {form["form"]: form for form in quick[0]["forms"]}
-    assert list(forms) == [PEER, PAPER, EXACT, EXACT_BF16]
-    loss = forms[PEER]["loss"]
+    assert list(forms) == [PEER, PAPER, EXACT, EXACT_VIEWS, EXACT_BF16]
+    loss, two_views = forms[PEER]["loss"], forms[EXACT_VIEWS]["loss"]
     assert loss > 1
+    assert two_views > 1
+    assert two_views != pytest.approx(loss, rel=1e-3)
     for name, form in forms.items():
-        assert form["loss"] == pytest.approx(loss, rel=2e-2 if name == EXACT_BF16 else 1e-4)
-        assert form["answer_tokens"] == forms[PEER]["answer_tokens"]
+        if name != EXACT_VIEWS:
+            assert form["loss"] == pytest.approx(loss, rel=2e-2 if name == EXACT_BF16 else 1e-4)
+        answers = (2 if name == EXACT_VIEWS else 1) * forms[PEER]["answer_tokens"]
+        assert form["answer_tokens"] == answers
         assert form["row_tokens"] == form["rows"] * 512
         assert form["rounds"] == 1
     assert forms[EXACT]["flops"] < forms[PAPER]["flops"] < forms[PEER]["flops"]
+    assert forms[EXACT]["flops"] < forms[EXACT_VIEWS]["flops"] < 2 * forms[EXACT]["flops"]
 
 
 def test_the_denominators_are_printed(quick: tuple[dict[str, Any], str, Path]) -> None:
@@ -80,7 +94,7 @@ def test_the_denominators_are_printed(quick: tuple[dict[str, Any], str, Path]) -
 
 
 def test_bf16_is_measured_where_a_cpu_has_units_or_if_asked() -> None:
-    everything = [PEER, PAPER, EXACT, EXACT_BF16]
+    everything = [PEER, PAPER, EXACT, EXACT_VIEWS, EXACT_BF16]
     assert measured_forms(0.6, slow_bf16=False) == everything
     assert measured_forms(60.0, slow_bf16=True) == everything
     assert measured_forms(60.0, slow_bf16=False) == everything[:-1]
@@ -141,9 +155,11 @@ def _documents(count: int, *, silent: bool = False) -> list[Document]:
     return documents
 
 
-def test_the_peer_has_the_mask_and_tokens_of_our_rows() -> None:
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_peer_has_the_mask_and_tokens_of_our_rows(view: int) -> None:
     documents = _documents(5)
-    theirs, ours = peer_rows(documents, SHAPE), SHAPE.whole_rows(documents)
+    theirs = peer_rows(documents, SHAPE, view)
+    ours = SHAPE.whole_rows([replace(each, noise=each.views(2)[view]) for each in documents])
     assert len(theirs) == len(ours) > 1
     for peer, row in zip(theirs, ours, strict=True):
         documents_end = row.num_tokens - row.num_padding
@@ -162,14 +178,21 @@ def test_the_peer_has_the_mask_and_tokens_of_our_rows() -> None:
         assert peer.num_labels == row.num_label_tokens
 
 
-def test_both_packings_hold_every_document_once() -> None:
+def test_all_packings_hold_every_document_once() -> None:
     documents = [*_documents(6), *_documents(1, silent=True)]
     labels = sum(document.num_labels for document in documents)
-    for packing in (SHAPE.pack_whole(documents), SHAPE.pack_kept(documents)):
+    for packing in (
+        SHAPE.pack_whole(documents), SHAPE.pack_kept(documents), SHAPE.pack_kept(documents, 2),
+    ):  # fmt: skip
         assert sorted(number for row in packing.rows for number in row) == list(range(7))
         assert 0 < packing.fill <= 1
     for rows in (SHAPE.whole_rows(documents), SHAPE.kept_rows(documents)):
         assert sum(row.num_label_tokens for row in rows) == labels
+    both = SHAPE.kept_rows(documents, 2)
+    assert sum(row.num_label_tokens for row in both) == 2 * labels
+    # A complementary pair masks every label token once.
+    assert sum(row.loss_positions.size for row in both) == labels
+    assert [SHAPE.longest(views) for views in (1, 2)] == [32, 21]
 
 
 def test_chosen_documents_fill_their_rows() -> None:
