@@ -17,15 +17,16 @@ from sdar_kernels import reference
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.flex_attention import FLEX_CPU_ERROR, flex_block_attention
 from sdar_kernels.head_layout import HeadLayout
+from sdar_kernels.native_attention import native_attention, why_no_native
 from sdar_kernels.self_check import attention_problem
 from sdar_kernels.tiled_attention import tiled_attention
 from sdar_kernels.triton_configs import AttentionConfig, why_no_config
 from sdar_kernels.triton_runtime import interpreting, why_no_triton
 
-BACKENDS = ("auto", "flex", "triton", "tiled", "reference")
+BACKENDS = ("auto", "flex", "triton", "native", "tiled", "reference")
 
 # What `auto` tries, best first. The reference stores all scores, so it is never chosen.
-_PREFERENCE = {"cuda": ("flex", "triton", "tiled"), "cpu": ("tiled",)}
+_PREFERENCE = {"cuda": ("flex", "triton", "tiled"), "cpu": ("native", "tiled")}
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
@@ -49,6 +50,8 @@ def run_backend(
     """Attention by a resolved backend; arguments as in `attention.block_diffusion_attention`."""
     if name == "tiled":
         return tiled_attention(q, k, v, mask)
+    if name == "native":
+        return native_attention(q, k, v, mask)
     if name == "flex":
         return flex_block_attention(q, k, v, mask)
     if name == "triton":
@@ -124,4 +127,6 @@ def _incapable(
         return FLEX_CPU_ERROR
     if name == "triton":
         return why_no_triton(device) or why_no_config(device, heads, dtype)
+    if name == "native":
+        return why_no_native(device, dtype)
     return None

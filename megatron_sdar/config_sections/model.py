@@ -26,7 +26,7 @@ class ModelConfig:
         "attention implementation; auto: FlexAttention or our Triton kernels on a GPU, tiled on "
         "CPU, whichever first passes a numerical check when the run starts",
         "auto",
-        choices=("auto", "flex", "triton", "tiled", "reference"),
+        choices=("auto", "flex", "triton", "native", "tiled", "reference"),
     )
     attention_autotune: bool = key(
         "time the Triton attention kernels' tile sizes when the run starts, and use the fastest",

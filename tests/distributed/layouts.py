@@ -133,6 +133,15 @@ LAYOUTS = [
     Layout("pp2_dp2_zero3", pp=2, dp=2, strategy="optim_grads_params"),
     Layout("pp2_dp2_one_rank_without_masks", pp=2, dp=2, silent_half=True),
 ]
+# Attention in C++, what a CPU with a compiler trains with.
+NATIVE = [
+    Layout("one_process_native_two_views", backend="native", views=2),
+    Layout(
+        "tp2_sp_recompute_native", tp=2, sequence_parallel=True, recompute="full", backend="native"
+    ),
+    Layout("pp2_ragged_native", pp=2, ragged=True, backend="native"),
+    Layout("dp2_zero3_native", dp=2, strategy="optim_grads_params", backend="native"),
+]
 # torch has no compiled FlexAttention backward on CPU; see unit.flex_on_cpu.
 FLEX = [
     Layout("one_process_flex_recompute_tied", backend="flex", recompute="full", tied=True),
@@ -157,6 +166,9 @@ INDUCTOR = [
     Layout("dp2_zero3_inductor", dp=2, strategy="optim_grads_params", fused="inductor"),
 ]
 # Every layout of the list with each backend: a proof of half an hour.
+EVERY_NATIVE = [
+    replace(layout, name=f"every_{layout.name}_native", backend="native") for layout in LAYOUTS
+]
 EVERY_FLEX = [
     replace(layout, name=f"every_{layout.name}_flex", backend="flex") for layout in LAYOUTS
 ]

@@ -11,11 +11,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.layouts import (
     EVERY_FLEX,
+    EVERY_NATIVE,
     EVERY_TRITON,
     FLEX,
     INDUCTOR,
+    NATIVE,
     TRITON,
     Layout,
     mismatches,
@@ -25,12 +28,18 @@ from distributed.layouts import (
 )
 from distributed.mutants import KERNEL_MUTANTS, run_mutant
 from distributed.world import run_world
+from sdar_kernels.native_attention import why_no_native
 from unit.flex_on_cpu import flex_trains_on_cpu
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+WHY_NO_NATIVE = why_no_native(torch.device("cpu"), torch.float64)
+needs_native = pytest.mark.skipif(
+    WHY_NO_NATIVE is not None, reason=f"native attention cannot run here: {WHY_NO_NATIVE}"
 )
 
 
@@ -44,6 +53,19 @@ def _run_all(layouts: list[Layout], directory: Path, environment: dict[str, str]
         jobs = [(_run, (layout, directory)) for layout in layouts if layout.world == world]
         run_world(world, jobs, directory, environment, time_limit=3600)
     return directory
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(NATIVE, tmp_path_factory.mktemp("native"), {})
+
+
+@needs_native
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", NATIVE, ids=lambda layout: layout.name)
+def test_native_equals_oracle(layout: Layout, native: Path) -> None:
+    result = read_result(layout, native)
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +103,20 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", INDUCTOR, ids=lambda layout: layout.name)
 def test_inductor_equals_oracle(layout: Layout, inductor: Path) -> None:
     result = read_result(layout, inductor)
+    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+
+
+@pytest.fixture(scope="module")
+def every_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_all(EVERY_NATIVE, tmp_path_factory.mktemp("every_native"), {})
+
+
+@needs_native
+@pytest.mark.backends
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("layout", EVERY_NATIVE, ids=lambda layout: layout.name)
+def test_native_equals_oracle_in_every_layout(layout: Layout, every_native: Path) -> None:
+    result = read_result(layout, every_native)
     assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
 
 

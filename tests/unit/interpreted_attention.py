@@ -205,7 +205,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_the_front_door_and_its_self_check() -> None:
     heads = HeadLayout(4, 2, 16)
     assert choose_backend("triton", CPU, torch.float32, heads).name == "triton"
-    assert choose_backend("auto", CPU, torch.float32, heads).name == "tiled"
+    assert choose_backend("auto", CPU, torch.float32, heads).name in ("native", "tiled")
     mask = random_packing(3, 4).mask()
     shapes = [(mask.num_tokens, count, 16) for count in (4, 2, 2)]
     q, k, v = _inputs(1, shapes, torch.float32)

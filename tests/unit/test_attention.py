@@ -13,6 +13,7 @@ from sdar_kernels.attention import block_diffusion_attention
 from sdar_kernels.attention_backend import BACKENDS, backend_problem, choose_backend, run_backend
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.head_layout import HeadLayout
+from sdar_kernels.native_attention import why_no_native
 from sdar_kernels.self_check import attention_problem, document_intervals
 from sdar_kernels.tiled_attention import tiled_attention
 from torch import Tensor
@@ -68,18 +69,14 @@ def test_the_front_door_runs_the_backend_it_is_told() -> None:
     assert torch.equal(exact, reference.attention(q, k, v, mask.key_intervals))
     tiled = block_diffusion_attention(q, k, v, mask, "tiled")
     assert torch.equal(tiled, tiled_attention(q, k, v, mask))
-    assert torch.equal(tiled, block_diffusion_attention(q, k, v, mask)), "auto is tiled on CPU"
+    auto = choose_backend("auto", CPU, torch.float32, HEADS).name
+    chosen = block_diffusion_attention(q, k, v, mask, auto)
+    assert torch.equal(chosen, block_diffusion_attention(q, k, v, mask)), "auto is asked for"
     with pytest.raises(AssertionError, match="unresolved attention backend 'fast'"):
         block_diffusion_attention(q, k, v, mask, "fast")
 
 
 # The choice.
-
-
-def test_auto_is_tiled_on_cpu_and_says_why() -> None:
-    choice = choose_backend("auto", CPU, torch.float32, HEADS)
-    assert choice.name == "tiled"
-    assert choice.reason == "first choice on cpu; its self-check passed"
 
 
 def _pretend(problems: dict[str, str | None]) -> mock._patch:
@@ -115,6 +112,25 @@ def test_auto_on_a_gpu_takes_the_first_that_works(
     assert (choice.name, choice.reason) == (name, reason)
 
 
+@pytest.mark.parametrize(
+    ("problems", "name", "reason"),
+    [
+        ({"native": None}, "native", "first choice on cpu; its self-check passed"),
+        (
+            {"native": "g++ is not installed", "tiled": None},
+            "tiled",
+            "native failed: g++ is not installed; using tiled",
+        ),
+    ],
+)
+def test_auto_on_a_cpu_is_native_where_it_can_be_built(
+    problems: dict[str, str | None], name: str, reason: str
+) -> None:
+    with _pretend(problems):
+        choice = choose_backend("auto", CPU, torch.float32, HEADS)
+    assert (choice.name, choice.reason) == (name, reason)
+
+
 def test_nothing_that_works_is_an_error_with_every_reason() -> None:
     with (
         _pretend({"flex": "a", "triton": "b", "tiled": "c"}),
@@ -140,14 +156,14 @@ def test_flex_on_cpu_is_refused_for_training_only() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="'flash' is not one of auto, flex, triton, tiled, ref"):
+    with pytest.raises(ValueError, match="'flash' is not one of auto, flex, triton, native, "):
         choose_backend("flash", CPU, torch.float32, HEADS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("heads", [HEADS, HeadLayout(8, 8, 64), HeadLayout(6, 2, 80)])
 def test_correct_backends_pass_their_check(heads: HeadLayout, dtype: torch.dtype) -> None:
-    for name in ("tiled", "reference"):
+    for name in ("tiled", "reference", *(["native"] if why_no_native(CPU, dtype) is None else [])):
         assert backend_problem(name, CPU, dtype, heads, True) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sdar_kernels import reference, tile_workspace, tiled_attention
+from sdar_kernels import tile_workspace, tiled_attention
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.self_check import document_intervals
 from sdar_kernels.tile_groups import TileSizes
@@ -21,6 +22,14 @@ from sdar_kernels.tile_workspace import TileWorkspace, make_workspace
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from unit.attention_cases import (
+    HEADS,
+    Attention,
+    attention_inputs,
+    reference_results,
+    run_attention,
+    worst_error,
+)
 from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import concatenated, random_packing
 
@@ -29,7 +38,6 @@ SMALL = TileSizes(
     3, 5, 16, batch_keys=8, batch_scores=64, row_scores=600, section_rows=40, kept_keys=7
 )
 LARGE = TileSizes(64, 128, 48, batch_keys=4096, kept_keys=0)
-HEADS = [(1, 1, 4), (4, 1, 8), (4, 2, 8), (6, 3, 2), (2, 2, 16)]
 
 any_sizes = st.sampled_from([TileSizes(), SMALL, LARGE])
 
@@ -42,57 +50,20 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _inputs(
-    seed: int,
-    num_tokens: int,
-    heads: tuple[int, int, int],
-    dtype: torch.dtype,
-    num_keys: int | None = None,
-) -> tuple[Tensor, ...]:
-    """q, k, v and an upstream gradient; as many keys as queries unless told."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads, head_dim = heads
-    return tuple(
-        torch.randn(size, count, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-        for size, count in (
-            (num_tokens, num_heads),
-            (num_keys or num_tokens, num_kv_heads),
-            (num_keys or num_tokens, num_kv_heads),
-            (num_tokens, num_heads),
-        )
-    )
-
-
-def _run(tensors: tuple[Tensor, ...], attention: Callable[..., Tensor]) -> list[Tensor]:
-    """Output and the gradients of q, k and v."""
-    *leaves, upstream = (tensor.detach().clone() for tensor in tensors)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-
-
 def _tiled(
     mask: AttentionMask, tensors: tuple[Tensor, ...], sizes: TileSizes | None = None
 ) -> list[Tensor]:
-    return _run(tensors, lambda q, k, v: tiled_attention.tiled_attention(q, k, v, mask, sizes))
-
-
-def _reference(mask: AttentionMask, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    return _run(tensors, lambda q, k, v: reference.attention(q, k, v, mask.key_intervals))
+    return run_attention(_with(sizes), mask, tensors)
 
 
 def _worst(
     mask: AttentionMask, tensors: tuple[Tensor, ...], sizes: TileSizes | None = None
 ) -> float:
-    worst = 0.0
-    for ours, theirs in zip(_tiled(mask, tensors, sizes), _reference(mask, tensors), strict=True):
-        assert ours.shape == theirs.shape
-        assert ours.dtype == theirs.dtype
-        error = (ours - theirs).abs().max().item()
-        assert error == error, "not a number"
-        worst = max(worst, error)
-    return worst
+    return worst_error(_with(sizes), mask, tensors)
+
+
+def _with(sizes: TileSizes | None) -> Attention:
+    return partial(tiled_attention.tiled_attention, sizes=sizes)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -111,7 +82,9 @@ def test_random_packings_in_fp64(
         seed, block_length, max_documents=3, max_blocks=max_blocks, max_padding=padding
     )
     mask = packing.mask()
-    assert _worst(mask, _inputs(seed, mask.num_tokens, heads, torch.float64), sizes) < 1e-12
+    assert (
+        _worst(mask, attention_inputs(seed, mask.num_tokens, heads, torch.float64), sizes) < 1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -125,7 +98,7 @@ def test_any_intervals_in_fp64(
     seed: int, num_tokens: int, heads: tuple[int, int, int], sizes: TileSizes
 ) -> None:
     mask = AttentionMask.build(random_intervals(seed, num_tokens))
-    assert _worst(mask, _inputs(seed, num_tokens, heads, torch.float64), sizes) < 1e-12
+    assert _worst(mask, attention_inputs(seed, num_tokens, heads, torch.float64), sizes) < 1e-12
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -143,7 +116,9 @@ def test_ragged_documents_in_either_order_in_fp64(
         lengths * repeat, block_length, noisy_first=noisy_first, padding=len(lengths)
     )
     mask = AttentionMask.build(intervals)
-    assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64), sizes) < 1e-12
+    assert (
+        _worst(mask, attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64), sizes) < 1e-12
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -162,7 +137,7 @@ def test_some_of_the_queries_in_fp64(
     else:
         mask = random_packing(seed, block_length, max_blocks=max(2, 32 // block_length)).mask()
     chosen = mask.select(some_queries(seed, mask))
-    tensors = _inputs(seed, chosen.num_tokens, heads, torch.float64, chosen.num_keys)
+    tensors = attention_inputs(seed, chosen.num_tokens, heads, torch.float64, chosen.num_keys)
     assert _worst(chosen, tensors, sizes) < 1e-12
 
 
@@ -170,7 +145,7 @@ def test_some_of_the_queries_in_fp64(
 def test_keys_that_nobody_reads_have_no_gradient(sizes: TileSizes) -> None:
     mask = AttentionMask.build(document_intervals([40, 24], 4, padding=3))
     chosen = mask.select(queries_without_a_document(mask))
-    tensors = _inputs(0, chosen.num_tokens, (4, 2, 8), torch.float64, chosen.num_keys)
+    tensors = attention_inputs(0, chosen.num_tokens, (4, 2, 8), torch.float64, chosen.num_keys)
     assert _worst(chosen, tensors, sizes) < 1e-12
     _, _, *of_keys = _tiled(chosen, tensors, sizes)
     for gradient in of_keys:
@@ -182,13 +157,13 @@ def test_keys_that_nobody_reads_have_no_gradient(sizes: TileSizes) -> None:
 def test_concatenated_rows_in_fp64() -> None:
     row, _ = concatenated([random_packing(seed, 4) for seed in range(3)])
     mask = AttentionMask.build(row.key_intervals)
-    assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
+    assert _worst(mask, attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
 
 
 def test_a_long_document_in_fp64() -> None:
     """Both forms of the key gradient, and tiles whose queries are cut."""
     mask = AttentionMask.build(document_intervals([570, 70], 4))
-    tensors = _inputs(0, mask.num_tokens, (4, 1, 4), torch.float64)
+    tensors = attention_inputs(0, mask.num_tokens, (4, 1, 4), torch.float64)
     assert _worst(mask, tensors) < 1e-12
     assert _worst(mask, tensors, TileSizes(row_scores=1, batch_scores=1)) < 1e-12
 
@@ -199,14 +174,16 @@ def test_fp32(block_length: int, drop: bool) -> None:
     for seed in range(3):
         packing = random_packing(seed, block_length, max_blocks=3, drop=drop)
         mask = packing.mask()
-        assert _worst(mask, _inputs(seed, mask.num_tokens, (4, 2, 16), torch.float32)) < 1e-5
+        assert (
+            _worst(mask, attention_inputs(seed, mask.num_tokens, (4, 2, 16), torch.float32)) < 1e-5
+        )
 
 
 @pytest.mark.parametrize("block_length", [4, 64])
 def test_bf16_is_close_to_the_exact_result(block_length: int) -> None:
     mask = random_packing(2, block_length, max_blocks=48 // block_length + 2).mask()
-    narrow = _inputs(0, mask.num_tokens, (4, 2, 32), torch.bfloat16)
-    exact = _reference(mask, tuple(tensor.double() for tensor in narrow))
+    narrow = attention_inputs(0, mask.num_tokens, (4, 2, 32), torch.bfloat16)
+    exact = reference_results(mask, tuple(tensor.double() for tensor in narrow))
     for name, left, right in zip(
         ("out", "dq", "dk", "dv"), _tiled(mask, narrow), exact, strict=True
     ):
@@ -218,9 +195,9 @@ def test_bf16_is_close_to_the_exact_result(block_length: int) -> None:
 def test_key_gradients_of_many_queries_are_summed_in_fp32() -> None:
     """Sums of bf16 terms in bf16 would stop growing."""
     mask = AttentionMask.build(document_intervals([1024], 4))
-    q, k, v, upstream = _inputs(0, mask.num_tokens, (2, 1, 8), torch.bfloat16)
+    q, k, v, upstream = attention_inputs(0, mask.num_tokens, (2, 1, 8), torch.bfloat16)
     tensors = (q * 0, k, v, upstream.abs() + 1)
-    exact = _reference(mask, tuple(tensor.double() for tensor in tensors))[3]
+    exact = reference_results(mask, tuple(tensor.double() for tensor in tensors))[3]
     ours = _tiled(mask, tensors, TileSizes(8, 8))[3]  # 128 terms for the first key
     error = (ours.double() - exact).norm() / exact.norm()
     assert error < 4e-3
@@ -228,29 +205,29 @@ def test_key_gradients_of_many_queries_are_summed_in_fp32() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     mask = random_packing(3, 4).mask()
-    q, k, v, upstream = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    q, k, v, upstream = attention_inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
     tensors = (q * 300, k, v, upstream)
-    for left, right in zip(_tiled(mask, tensors), _reference(mask, tensors), strict=True):
+    for left, right in zip(_tiled(mask, tensors), reference_results(mask, tensors), strict=True):
         assert torch.isfinite(left).all()
         assert (left - right).norm() < 1e-3 * right.norm()
 
 
 def test_inputs_need_not_be_contiguous_and_stay_as_they_were() -> None:
     mask = random_packing(5, 4).mask()
-    tensors = _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
+    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
     strided = tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
     copies = [tensor.clone() for tensor in strided]
     leaves = [tensor.detach().requires_grad_() for tensor in strided[:3]]
     out = tiled_attention.tiled_attention(*leaves, mask)
     grads = torch.autograd.grad(out, leaves, strided[3])
-    for ours, theirs in zip((out, *grads), _reference(mask, tensors), strict=True):
+    for ours, theirs in zip((out, *grads), reference_results(mask, tensors), strict=True):
         assert (ours - theirs).abs().max() < 1e-12
     assert all(torch.equal(left, right) for left, right in zip(strided, copies, strict=True))
 
 
 def test_a_second_derivative_is_refused() -> None:
     mask = random_packing(5, 4).mask()
-    *leaves, _ = _inputs(0, mask.num_tokens, (2, 2, 4), torch.float64)
+    *leaves, _ = attention_inputs(0, mask.num_tokens, (2, 2, 4), torch.float64)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = tiled_attention.tiled_attention(*leaves, mask)
     (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
@@ -264,7 +241,7 @@ def test_memory_of_earlier_calls_is_never_read(request: pytest.FixtureRequest) -
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     for sizes in (TileSizes(), SMALL):
         mask = AttentionMask.build(document_intervals([300, 60, 60], 4, padding=3))
-        tensors = _inputs(0, mask.num_tokens, (4, 2, 4), torch.float64)
+        tensors = attention_inputs(0, mask.num_tokens, (4, 2, 4), torch.float64)
         assert _worst(mask, tensors, sizes) < 1e-12
         space = mask.plan(make_workspace, 2, 2, 4, torch.float64, sizes)
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors[:3]]
@@ -272,19 +249,21 @@ def test_memory_of_earlier_calls_is_never_read(request: pytest.FixtureRequest) -
         for buffer in space.buffers.values():
             buffer.fill_(torch.nan)
         grads = torch.autograd.grad(out, leaves, tensors[3])
-        for ours, theirs in zip((out, *grads), _reference(mask, tensors), strict=True):
+        for ours, theirs in zip((out, *grads), reference_results(mask, tensors), strict=True):
             assert (ours - theirs).abs().max() < 1e-12
 
 
 def test_layers_share_buffers_and_do_not_disturb_each_other() -> None:
     """All forward passes, then all backward passes, as in training."""
     mask = random_packing(7, 4).mask()
-    layers = [_inputs(seed, mask.num_tokens, (4, 2, 8), torch.float64) for seed in range(3)]
+    layers = [
+        attention_inputs(seed, mask.num_tokens, (4, 2, 8), torch.float64) for seed in range(3)
+    ]
     leaves = [[x.detach().clone().requires_grad_() for x in layer[:3]] for layer in layers]
     outs = [tiled_attention.tiled_attention(*each, mask) for each in leaves]
     for out, each, layer in reversed(list(zip(outs, leaves, layers, strict=True))):
         grads = torch.autograd.grad(out, each, layer[3])
-        for ours, theirs in zip((out, *grads), _reference(mask, layer), strict=True):
+        for ours, theirs in zip((out, *grads), reference_results(mask, layer), strict=True):
             assert (ours - theirs).abs().max() < 1e-12
     assert len([plan for plan in mask._plans.values() if isinstance(plan, TileWorkspace)]) == 1
 
@@ -295,7 +274,7 @@ def test_views_of_many_pieces_are_not_stored(
 ) -> None:
     """Their number grows with the square of a document's length."""
     mask = random_packing(9, 4).mask()
-    tensors = _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
+    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
     stored = _tiled(mask, tensors, sizes)
     monkeypatch.setattr(tile_workspace, "_MOST_STORED", 0)
     fresh = random_packing(9, 4).mask()
@@ -311,7 +290,7 @@ def test_views_of_many_pieces_are_not_stored(
 
 def test_a_mask_first_used_in_inference_can_be_trained_with() -> None:
     mask = random_packing(7, 4).mask()
-    tensors = _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
+    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
     with torch.inference_mode():
         tiled_attention.tiled_attention(*tensors[:3], mask)
     assert _worst(mask, tensors) < 1e-12
@@ -333,7 +312,7 @@ class _Sizes(TorchDispatchMode):
 
 def _largest(attention: Callable[..., list[Tensor]], length: int) -> int:
     mask = AttentionMask.build(document_intervals([length], 4))
-    tensors = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
     with _Sizes() as seen:
         attention(mask, tensors)
     return seen.largest
@@ -348,7 +327,7 @@ def test_memory_is_linear_in_the_tokens() -> None:
     # Of 2 * 1536 tokens: q, where noisy tokens stand twice, and a row to spare; it is more than the
     # scores of the fewest rows that are computed at a time.
     assert 128 * 1536 < _largest(attention, 1536) <= (3 * 1536 + 1) * 4 * 16
-    assert _largest(_reference, 512) >= 1024 * 1024, "the recorder would see all scores"
+    assert _largest(reference_results, 512) >= 1024 * 1024, "the recorder would see all scores"
 
 
 def test_several_threads_take_larger_tiles() -> None:
@@ -357,14 +336,14 @@ def test_several_threads_take_larger_tiles() -> None:
     try:
         assert tiled_attention.default_sizes().short_tile == 2 * TileSizes().short_tile
         mask = AttentionMask.build(document_intervals([120, 40, 300], 4))
-        assert _worst(mask, _inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
+        assert _worst(mask, attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)) < 1e-12
     finally:
         torch.set_num_threads(1)
 
 
 def test_what_is_kept_for_backward_is_linear_in_the_tokens() -> None:
     mask = AttentionMask.build(document_intervals([512], 4))
-    q, k, v, _ = _inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
+    q, k, v, _ = attention_inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
