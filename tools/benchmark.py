@@ -147,6 +147,7 @@ def _step(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         parallel_rounds=args.parallel_rounds,
         threads=args.threads,
         fused_kernels=args.fused_kernels,
+        attention_backend=args.attention_backend,
         block_length=args.block_length,
     )
     if args.quick:

@@ -177,6 +177,13 @@ def add_step(commands: Any) -> argparse.ArgumentParser:
         help="norms, rotary and SwiGLU of our forms, as in training; auto: inductor where a C++ "
         "compiler is found, with --quick torch (default %(default)s)",
     )
+    step.add_argument(
+        "--attention-backend",
+        choices=("auto", "native", "tiled"),
+        default=defaults.attention_backend,
+        help="attention of our forms, as in training; auto: native where a C++ compiler is found "
+        "(default %(default)s)",
+    )
     step.add_argument("--block-length", type=int, default=defaults.block_length)
     step.add_argument(
         "--quick", action="store_true", help="toy model and rows: shows that it runs, no more"

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_sdar.training.resident_memory import resident_mb
 
 DENSE, PER_DOCUMENT = "dense SDPA", "per-document SDPA"
-_OWN = {"cpu": ("tiled", "flex"), "cuda": ("flex", "triton")}
+_OWN = {"cpu": ("native", "tiled", "flex"), "cuda": ("flex", "triton")}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -92,6 +92,7 @@ class OwnForm:
             trimmed=exact,
             compute=compute,
             fused_kernels=options.fused_kernels,
+            attention_backend=options.attention_backend,
         )
         self._rows: list[Row] = []
 

@@ -45,6 +45,7 @@ class StepOptions:
     slow_bf16: measure the form in bf16 on a CPU without bf16 units, too, where it takes 50 times
         as long.
     fused_kernels: of our forms: "torch", "inductor", or "auto", which step_kernels resolves.
+    attention_backend: of our forms, as in training; "auto" is resolved there, too.
     """
 
     arch: Architecture = field(default_factory=benchmark_model)
@@ -62,6 +63,7 @@ class StepOptions:
     parallel_rounds: int = 3
     slow_bf16: bool = False
     fused_kernels: str = "auto"
+    attention_backend: str = "auto"
 
     @property
     def optim(self) -> OptimConfig:

@@ -54,13 +54,14 @@ def make_own_step(
     compute: torch.dtype = torch.float32,
     layout: Layout = ONE_PROCESS,
     fused_kernels: str = "torch",
+    attention_backend: str = "tiled",
 ) -> TrainingStep:
     """A step over fp32 parameters with our initial weights. Needs the process group.
 
     Args:
         trimmed: leave out what the last layer computes for nothing.
         compute: dtype of activations.
-        fused_kernels: as in training, resolved.
+        fused_kernels, attention_backend: as in training, resolved.
     """
     mesh: ParallelMesh = build_mesh(_CPU, layout.tp, layout.pp)
     options = ModelOptions(
@@ -68,7 +69,7 @@ def make_own_step(
         dtype=torch.float32,
         sequence_parallel=layout.tp > 1,
         recompute="none",
-        attention_backend="tiled",
+        attention_backend=attention_backend,
         fused_kernels=fused_kernels,
         trim_last_layer=trimmed,
     )

@@ -48,6 +48,7 @@ def _serve(options: StepOptions, layout: Layout, rows: list[Row]) -> None:
         trimmed=True,
         layout=layout,
         fused_kernels=options.fused_kernels,
+        attention_backend=options.attention_backend,
     )
     mine = rows[step.mesh.dp_rank :: layout.dp]
     for _ in sys.stdin:

@@ -42,7 +42,8 @@ def apply_data_parallel(
         fully_shard(module, mesh=axes, mp_policy=policy, reshard_after_forward=reshard)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.dp_size > 1:  # a single rank would divide all gradients by 1
+                module.set_gradient_divide_factor(1.0)
             # Without this the unit divide factor becomes a pre-multiplied sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
 
