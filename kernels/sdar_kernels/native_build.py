@@ -36,8 +36,15 @@ class NativeKernelsError(RuntimeError):
 
 
 def default_folder() -> Path:
-    """Where built kernels are kept."""
-    return Path.home() / ".cache" / "megatron_sdar"
+    """Where built kernels are kept.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    try:
+        return Path.home() / ".cache" / "megatron_sdar"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 @lru_cache(maxsize=4)
@@ -51,12 +58,14 @@ def load_native_kernels(folder: Path | None = None) -> ctypes.CDLL:
     Raises:
         NativeKernelsError: no compiler, or it failed.
     """
+    if platform.system() != "Linux":
+        raise NativeKernelsError(f"it is compiled on Linux only, this is {platform.system()}")
     compiler = shutil.which(_COMPILER)
-    if platform.system() != "Linux" or compiler is None:
-        raise NativeKernelsError(f"it is compiled on Linux by {_COMPILER}, which is not installed")
+    if compiler is None:
+        raise NativeKernelsError(f"it is compiled by {_COMPILER}, which is not installed")
     name = f"attention-{_fingerprint(compiler)}.so"
-    folder = folder or default_folder()
     try:
+        folder = folder or default_folder()
         with _locked(folder):
             if not (folder / name).exists():
                 _build(compiler, folder / name)
@@ -86,7 +95,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _build(compiler: str, library: Path) -> None:
     """Compile to a name of this process, then rename: a killed build leaves nothing that loads."""
-    unfinished = library.with_name(f".{library.name}.{os.getpid()}")
+    unfinished = library.with_name(f".{library.name}.{platform.node()}.{os.getpid()}")
     command = [compiler, *_OPTIONS, str(_MAIN), "-o", str(unfinished)]
     try:
         done = subprocess.run(

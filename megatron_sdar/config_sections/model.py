@@ -23,9 +23,9 @@ class ModelConfig:
         choices=("auto", "mean", "mean_noise", "keep"),
     )
     attention_backend: str = key(
-        "attention implementation; auto: FlexAttention or our Triton kernels on a GPU, native (C++, "
-        "built once where g++ is installed) or tiled on a CPU, whichever first passes a numerical "
-        "check when the run starts",
+        "attention implementation; auto: FlexAttention or our Triton kernels on a GPU, native "
+        "(C++, built once where g++ is installed) or tiled on a CPU, whichever first passes a "
+        "numerical check when the run starts",
         "auto",
         choices=("auto", "flex", "triton", "native", "tiled", "reference"),
     )

@@ -127,6 +127,11 @@ def test_where_nothing_can_be_kept_a_process_builds_for_itself(
     assert _calls(tmp_path) == 2
 
 
+def test_a_user_without_a_home_builds_for_a_process(compiler: str) -> None:
+    with mock.patch.object(Path, "home", side_effect=RuntimeError("no home")):
+        assert "sdar-native-" in load_native_kernels.__wrapped__()._name
+
+
 def test_a_library_that_others_could_have_put_there_is_not_loaded(
     tmp_path: Path, compiler: str
 ) -> None:
@@ -175,18 +180,23 @@ def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 def test_without_a_compiler_auto_takes_tiled_and_says_why() -> None:
     def refuse() -> None:
-        raise NativeKernelsError("it is compiled on Linux by g++, which is not installed")
+        raise NativeKernelsError("it is compiled by g++, which is not installed")
 
     with mock.patch.object(native_attention, "load_native_kernels", refuse):
         choice = choose_backend("auto", CPU, torch.float32, HEADS)
         assert (choice.name, choice.reason) == (
             "tiled",
-            "native failed: it is compiled on Linux by g++, which is not installed; using tiled",
+            "native failed: it is compiled by g++, which is not installed; using tiled",
         )
-        with pytest.raises(ValueError, match=r"native cannot be used here: it is compiled on Li"):
+        with pytest.raises(ValueError, match=r"native cannot be used here: it is compiled"):
             choose_backend("native", CPU, torch.float32, HEADS)
     with pytest.raises(NativeKernelsError, match=r"by g\+\+, which is not installed"):
         _load(Path("unused"), None)
+    with (
+        mock.patch("platform.system", return_value="Darwin"),
+        pytest.raises(NativeKernelsError, match="on Linux only, this is Darwin"),
+    ):
+        _load(Path("unused"), "g++")
 
 
 def test_a_library_that_computes_something_else_is_not_chosen(compiler: str) -> None:
