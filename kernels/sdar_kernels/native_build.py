@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "native"
-_MAIN = _SOURCES / "attention.cpp"
+_MAIN = "attention.cpp"
 _COMPILER = "g++"
 _OPTIONS = (
     "-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp",
@@ -96,7 +96,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _build(compiler: str, library: Path) -> None:
     """Compile to a name of this process, then rename: a killed build leaves nothing that loads."""
     unfinished = library.with_name(f".{library.name}.{platform.node()}.{os.getpid()}")
-    command = [compiler, *_OPTIONS, str(_MAIN), "-o", str(unfinished)]
+    command = [compiler, *_OPTIONS, str(_SOURCES / _MAIN), "-o", str(unfinished)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_SECONDS

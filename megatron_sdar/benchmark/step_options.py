@@ -33,7 +33,7 @@ class StepOptions:
     """Attributes:
     arch: the model; its last token id is the mask token.
     lengths: document tokens of a row; rows hold two copies of as many.
-    row_length: tokens of a row with exact savings, which need not hold two copies; None: 512 and
+    row_length: tokens of a row with exact savings, which need not hold two copies; None: 768 and
         half of the published row's document tokens.
     rows: published rows of one optimizer step.
     rounds, peer_rounds: of our forms and of the peer, after one that does not count.
@@ -79,7 +79,7 @@ class StepOptions:
         kept = self.row_length
         if kept is None:
             # A token of a longer row costs less time, a longer row more memory.
-            kept = 512 + length // 2
+            kept = 768 + length // 2
         return RowShape(length, self.block_length, self.mask_token_id, kept)
 
     def quick(self) -> StepOptions:

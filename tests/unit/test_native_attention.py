@@ -215,6 +215,16 @@ def test_inputs_need_not_be_contiguous_and_stay_as_they_were() -> None:
     assert all(torch.equal(left, right) for left, right in zip(strided, copies, strict=True))
 
 
+def test_memory_of_earlier_calls_is_never_read(request: pytest.FixtureRequest) -> None:
+    # In this mode torch.empty gives NaN.
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    mask = AttentionMask.build(document_intervals([300, 60, 60], 4, padding=3))
+    for heads in ((4, 2, 4), (2, 1, 16)):
+        tensors = attention_inputs(0, mask.num_tokens, heads, torch.float64)
+        assert _worst(mask, tensors) < 1e-12
+
+
 def test_a_second_derivative_is_refused() -> None:
     mask = random_packing(5, 4).mask()
     *leaves, _ = attention_inputs(0, mask.num_tokens, (2, 2, 4), torch.float64)

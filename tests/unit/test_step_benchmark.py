@@ -307,5 +307,5 @@ def test_a_model_of_42_million_parameters() -> None:
 def test_rows_of_exact_grow_with_the_published_ones() -> None:
     options = StepOptions()
     lengths = [options.shape(length).kept_row_length for length in options.lengths]
-    assert lengths == [1536, 2560]
+    assert lengths == [1792, 2816]
     assert StepOptions(row_length=64).shape(2048).kept_row_length == 64
