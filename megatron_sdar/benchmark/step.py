@@ -7,6 +7,7 @@ time that the products of our step would take at the rate of a large matrix prod
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,7 +44,7 @@ from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import plain_weights
 from megatron_sdar.benchmark.step_parallel import measure_layouts
 from megatron_sdar.benchmark.step_rows import Packer, Packing, RowShape, choose_documents
-from megatron_sdar.parallel.host_memory import keep_freed_memory
+from megatron_sdar.parallel.host_memory import keep_freed_memory, return_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 
 _LOSS_TOLERANCE = {PAPER: 1e-4, EXACT: 1e-4, EXACT_VIEWS: 1e-4, EXACT_BF16: 2e-2}
@@ -81,6 +82,9 @@ def measure_step(options: StepOptions, corpus: Corpus, say: Say, keep: Keep) -> 
         stop_process_group()
         torch.set_num_threads(threads)
     if options.parallel_rounds:
+        # Ten processes come to life, and this one kept what the peer's longest rows took: 10 GB.
+        gc.collect()
+        return_freed_memory()
         layouts = tuple(measure_layouts(options, corpus.documents, say))
         ratios = {f"{each.layout}_cpu_ratio": each.cpu_ratio for each in layouts}
         figures = replace(figures, layouts=layouts, ratios={**figures.ratios, **ratios})

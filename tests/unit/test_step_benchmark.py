@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,6 +105,7 @@ _WITHOUT_UNITS = """
 import sys
 sys.path[:0] = [".", "kernels"]
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 from rich.console import Console
@@ -236,6 +238,12 @@ def test_forms_that_disagree_stop_the_run() -> None:
 def test_what_is_known_is_kept_when_a_later_part_fails() -> None:
     first, second = (step.StepFigures((), (), {}, {"speedup": x}, {}, ()) for x in (1.0, 2.0))
     kept: list[step.StepFigures] = []
+    calls: list[str] = []
+
+    def fail(*arguments: object) -> None:
+        calls.append("layouts")
+        raise ValueError("a rank ended")
+
     options = StepOptions(
         threads=torch.get_num_threads(), fused_kernels="torch", attention_backend="tiled"
     )
@@ -244,11 +252,13 @@ def test_what_is_known_is_kept_when_a_later_part_fails() -> None:
         mock.patch.object(step, "start_process_group"),
         mock.patch.object(step, "stop_process_group"),
         mock.patch.object(step, "_measure_forms", return_value=iter((first, second))),
-        mock.patch.object(step, "measure_layouts", side_effect=ValueError("a rank ended")),
+        mock.patch.object(step, "measure_layouts", fail),
+        mock.patch.object(step, "return_freed_memory", partial(calls.append, "memory")),
         pytest.raises(ValueError, match="a rank ended"),
     ):
         step.measure_step(options, corpus, print, kept.append)
     assert [each.ratios for each in kept] == [first.ratios, second.ratios]
+    assert calls == ["memory", "layouts"], "the ranks need what the forms had"
 
 
 @pytest.mark.parametrize(
