@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch
 from sdar_kernels import reference
 from sdar_kernels.block_mask import AttentionMask
+from sdar_kernels.tile_groups import TileSizes
 from torch import Tensor
 
-# Query heads, key heads, head_dim.
-HEADS = [(1, 1, 4), (4, 1, 8), (4, 2, 8), (6, 3, 2), (2, 2, 16)]
+# Cuts everything that can be cut: tiles, batches of documents and blocks, and rows of a tile.
+SMALL = TileSizes(
+    3, 5, 16, batch_keys=8, batch_scores=64, row_scores=600, section_rows=40, kept_keys=7
+)
+LARGE = TileSizes(64, 128, 48, batch_keys=4096, kept_keys=0)
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 

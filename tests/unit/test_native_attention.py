@@ -1,4 +1,4 @@
-"""Native attention equals the reference, forward and backward, on any mask."""
+"""What only native attention has: groups of keys, tiles, threads, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,29 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sdar_kernels import native_attention
 from sdar_kernels.block_mask import AttentionMask
 from sdar_kernels.native_attention import why_no_native
 from sdar_kernels.self_check import document_intervals
 from torch import Tensor
 from unit.attention_cases import (
-    HEADS,
     Attention,
     attention_inputs,
     reference_results,
     run_attention,
     worst_error,
 )
-from unit.intervals import queries_without_a_document, random_intervals, some_queries
 from unit.packings import random_packing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-# Whole vectors and not, more rows than are summed at once, one row.
-MORE_HEADS = [*HEADS, (2, 1, 64), (8, 1, 20), (5, 1, 33), (16, 2, 128)]
-any_tile = st.sampled_from([None, 1, 3, 16])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,86 +46,6 @@ def _worst(mask: AttentionMask, tensors: tuple[Tensor, ...], tile: int | None = 
     return worst_error(_native(tile), mask, tensors)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10_000),
-    block_length=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32, 64]),
-    heads=st.sampled_from(MORE_HEADS),
-    tile=any_tile,
-    padding=st.integers(0, 70),
-)
-def test_random_packings_in_fp64(
-    seed: int, block_length: int, heads: tuple[int, int, int], tile: int | None, padding: int
-) -> None:
-    max_blocks = max(1, min(5, 64 // block_length))
-    mask = random_packing(
-        seed, block_length, max_documents=3, max_blocks=max_blocks, max_padding=padding
-    ).mask()
-    assert _worst(mask, attention_inputs(seed, mask.num_tokens, heads, torch.float64), tile) < 1e-12
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10_000),
-    num_tokens=st.integers(1, 90),
-    heads=st.sampled_from(MORE_HEADS),
-    tile=any_tile,
-)
-def test_any_intervals_in_fp64(
-    seed: int, num_tokens: int, heads: tuple[int, int, int], tile: int | None
-) -> None:
-    mask = AttentionMask.build(random_intervals(seed, num_tokens))
-    assert _worst(mask, attention_inputs(seed, num_tokens, heads, torch.float64), tile) < 1e-12
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
-    block_length=st.integers(1, 64),
-    noisy_first=st.booleans(),
-    tile=any_tile,
-)
-def test_ragged_documents_in_either_order_in_fp64(
-    lengths: list[int], block_length: int, noisy_first: bool, tile: int | None
-) -> None:
-    intervals = document_intervals(
-        lengths, block_length, noisy_first=noisy_first, padding=len(lengths)
-    )
-    mask = AttentionMask.build(intervals)
-    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 8), torch.float64)
-    assert _worst(mask, tensors, tile) < 1e-12
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10_000),
-    block_length=st.sampled_from([1, 3, 4, 8, 32]),
-    heads=st.sampled_from(MORE_HEADS),
-    random=st.booleans(),
-)
-def test_some_of_the_queries_in_fp64(
-    seed: int, block_length: int, heads: tuple[int, int, int], random: bool
-) -> None:
-    if random:
-        mask = AttentionMask.build(random_intervals(seed, 1 + seed % 70))
-    else:
-        mask = random_packing(seed, block_length, max_blocks=max(2, 32 // block_length)).mask()
-    chosen = mask.select(some_queries(seed, mask))
-    tensors = attention_inputs(seed, chosen.num_tokens, heads, torch.float64, chosen.num_keys)
-    assert _worst(chosen, tensors) < 1e-12
-
-
-def test_keys_that_nobody_reads_have_no_gradient() -> None:
-    mask = AttentionMask.build(document_intervals([40, 24], 4, padding=3))
-    chosen = mask.select(queries_without_a_document(mask))
-    tensors = attention_inputs(0, chosen.num_tokens, (4, 2, 8), torch.float64, chosen.num_keys)
-    _, _, *of_keys = run_attention(_native(), chosen, tensors)
-    for gradient in of_keys:
-        assert (gradient[:40] == 0).all()
-        assert (gradient[64:104] == 0).all()
-        assert (gradient[40:60] != 0).all()
-
-
 @pytest.mark.parametrize("growing", [-1.0, 0.0, 1.0])
 def test_more_keys_than_are_held_at_once(growing: float) -> None:
     """Three groups of columns; the largest score comes first, anywhere, or last."""
@@ -142,48 +55,6 @@ def test_more_keys_than_are_held_at_once(growing: float) -> None:
     k[:, 0, 0] += ramp
     q[:, :, 0] = q[:, :, 0].abs() + 1
     assert _worst(mask, (q, k, v, upstream)) < 1e-10
-
-
-@pytest.mark.parametrize("block_length", [1, 4, 64])
-def test_fp32(block_length: int) -> None:
-    for seed in range(3):
-        mask = random_packing(seed, block_length, max_blocks=3).mask()
-        for heads in ((4, 2, 16), (2, 1, 64)):
-            tensors = attention_inputs(seed, mask.num_tokens, heads, torch.float32)
-            assert _worst(mask, tensors) < 1e-5
-
-
-@pytest.mark.parametrize("block_length", [4, 64])
-def test_bf16_is_close_to_the_exact_result(block_length: int) -> None:
-    mask = random_packing(2, block_length, max_blocks=48 // block_length + 2).mask()
-    narrow = attention_inputs(0, mask.num_tokens, (4, 2, 32), torch.bfloat16)
-    exact = reference_results(mask, tuple(tensor.double() for tensor in narrow))
-    for name, left, right in zip(
-        ("out", "dq", "dk", "dv"), run_attention(_native(), mask, narrow), exact, strict=True
-    ):
-        assert left.dtype == torch.bfloat16, name
-        error = (left.double() - right).norm() / right.norm()
-        assert error < 4e-3, f"{name}: relative error {error:.1e}"
-
-
-def test_key_gradients_of_many_queries_are_summed_in_fp32() -> None:
-    """Sums of bf16 terms in bf16 would stop growing."""
-    mask = AttentionMask.build(document_intervals([1024], 4))
-    q, k, v, upstream = attention_inputs(0, mask.num_tokens, (2, 1, 8), torch.bfloat16)
-    tensors = (q * 0, k, v, upstream.abs() + 1)
-    exact = reference_results(mask, tuple(tensor.double() for tensor in tensors))[3]
-    ours = run_attention(_native(), mask, tensors)[3]
-    assert (ours.double() - exact).norm() / exact.norm() < 4e-3
-
-
-def test_large_scores_do_not_overflow_and_far_ones_vanish() -> None:
-    mask = random_packing(3, 4).mask()
-    q, k, v, upstream = attention_inputs(0, mask.num_tokens, (4, 2, 16), torch.float32)
-    tensors = (q * 300, k, v, upstream)
-    ours, theirs = run_attention(_native(), mask, tensors), reference_results(mask, tensors)
-    for left, right in zip(ours, theirs, strict=True):
-        assert torch.isfinite(left).all()
-        assert (left - right).norm() < 1e-3 * right.norm()
 
 
 @pytest.mark.parametrize("what", ["query", "key", "value", "infinite key"])
@@ -202,19 +73,6 @@ def test_what_is_not_a_number_reaches_its_document_and_no_other(what: str) -> No
     assert not all(bool(torch.isfinite(result[first]).all()) for result in grads)
 
 
-def test_inputs_need_not_be_contiguous_and_stay_as_they_were() -> None:
-    mask = random_packing(5, 4).mask()
-    tensors = attention_inputs(0, mask.num_tokens, (4, 2, 16), torch.float64)
-    strided = tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors)
-    copies = [tensor.clone() for tensor in strided]
-    leaves = [tensor.detach().requires_grad_() for tensor in strided[:3]]
-    out = native_attention.native_attention(*leaves, mask)
-    grads = torch.autograd.grad(out, leaves, strided[3])
-    for ours, theirs in zip((out, *grads), reference_results(mask, tensors), strict=True):
-        assert (ours - theirs).abs().max() < 1e-12
-    assert all(torch.equal(left, right) for left, right in zip(strided, copies, strict=True))
-
-
 def test_memory_of_earlier_calls_is_never_read(request: pytest.FixtureRequest) -> None:
     # In this mode torch.empty gives NaN.
     torch.use_deterministic_algorithms(True)
@@ -223,16 +81,6 @@ def test_memory_of_earlier_calls_is_never_read(request: pytest.FixtureRequest) -
     for heads in ((4, 2, 4), (2, 1, 16)):
         tensors = attention_inputs(0, mask.num_tokens, heads, torch.float64)
         assert _worst(mask, tensors) < 1e-12
-
-
-def test_a_second_derivative_is_refused() -> None:
-    mask = random_packing(5, 4).mask()
-    *leaves, _ = attention_inputs(0, mask.num_tokens, (2, 2, 4), torch.float64)
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = native_attention.native_attention(*leaves, mask)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 def test_layers_do_not_disturb_each_other_and_share_a_plan() -> None:
