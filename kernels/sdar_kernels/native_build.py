@@ -63,17 +63,20 @@ def load_native_kernels(folder: Path | None = None) -> ctypes.CDLL:
     compiler = shutil.which(_COMPILER)
     if compiler is None:
         raise NativeKernelsError(f"it is compiled by {_COMPILER}, which is not installed")
-    name = f"attention-{_fingerprint(compiler)}.so"
     try:
-        folder = folder or default_folder()
-        with _locked(folder):
-            if not (folder / name).exists():
-                _build(compiler, folder / name)
-            return _load(folder / name)
-    except OSError:  # nothing can be kept there, or nothing that lies there be trusted
-        with tempfile.TemporaryDirectory(prefix="sdar-native-") as own:
-            _build(compiler, Path(own, name))
-            return _load(Path(own, name))
+        name = f"attention-{_fingerprint(compiler)}.so"
+        try:
+            folder = folder or default_folder()
+            with _locked(folder):
+                if not (folder / name).exists():
+                    _build(compiler, folder / name)
+                return _load(folder / name)
+        except OSError:  # nothing can be kept there, or nothing that lies there be trusted
+            with tempfile.TemporaryDirectory(prefix="sdar-native-") as own:
+                _build(compiler, Path(own, name))
+                return _load(Path(own, name))
+    except OSError as error:
+        raise NativeKernelsError(f"it cannot be built here: {str(error)[:200]}") from error
 
 
 @contextmanager

@@ -55,6 +55,12 @@ def _run_all(layouts: list[Layout], directory: Path, environment: dict[str, str]
     return directory
 
 
+def _mismatches(layout: Layout, directory: Path) -> list[str]:
+    """Where what a layout left differs from the oracle."""
+    oracle = reference(layout.arch, layout.silent_half, layout.views)
+    return mismatches(read_result(layout, directory), oracle)
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _run_all(NATIVE, tmp_path_factory.mktemp("native"), {})
@@ -64,8 +70,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", NATIVE, ids=lambda layout: layout.name)
 def test_native_equals_oracle(layout: Layout, native: Path) -> None:
-    result = read_result(layout, native)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, native) == []
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +86,14 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", FLEX, ids=lambda layout: layout.name)
 def test_flex_equals_oracle(layout: Layout, flex: Path) -> None:
-    result = read_result(layout, flex)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, flex) == []
 
 
 @needs_triton
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", TRITON, ids=lambda layout: layout.name)
 def test_triton_equals_oracle(layout: Layout, triton: Path) -> None:
-    result = read_result(layout, triton)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, triton) == []
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,7 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", INDUCTOR, ids=lambda layout: layout.name)
 def test_inductor_equals_oracle(layout: Layout, inductor: Path) -> None:
-    result = read_result(layout, inductor)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, inductor) == []
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +118,7 @@ def every_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", EVERY_NATIVE, ids=lambda layout: layout.name)
 def test_native_equals_oracle_in_every_layout(layout: Layout, every_native: Path) -> None:
-    result = read_result(layout, every_native)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, every_native) == []
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,7 @@ def every_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", EVERY_FLEX, ids=lambda layout: layout.name)
 def test_flex_equals_oracle_in_every_layout(layout: Layout, every_flex: Path) -> None:
-    result = read_result(layout, every_flex)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, every_flex) == []
 
 
 @needs_triton
@@ -143,8 +143,7 @@ def test_flex_equals_oracle_in_every_layout(layout: Layout, every_flex: Path) ->
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("layout", EVERY_TRITON, ids=lambda layout: layout.name)
 def test_triton_equals_oracle_in_every_layout(layout: Layout, every_triton: Path) -> None:
-    result = read_result(layout, every_triton)
-    assert mismatches(result, reference(layout.arch, layout.silent_half, layout.views)) == []
+    assert _mismatches(layout, every_triton) == []
 
 
 @needs_triton
@@ -154,7 +153,4 @@ def test_triton_equals_oracle_in_every_layout(layout: Layout, every_triton: Path
 def test_kernel_mutant_is_caught(name: str, tmp_path: Path) -> None:
     layout = KERNEL_MUTANTS[name][1]
     run_world(1, [(run_mutant, (name, tmp_path))], tmp_path, INTERPRETER)
-    found = mismatches(
-        read_result(layout, tmp_path), reference(layout.arch, layout.silent_half, layout.views)
-    )
-    assert found, f"the suite did not notice {name}"
+    assert _mismatches(layout, tmp_path), f"the suite did not notice {name}"

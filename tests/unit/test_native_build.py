@@ -43,6 +43,14 @@ def compiler(tmp_path: Path) -> str:
     return str(script)
 
 
+def _compiler(folder: Path, commands: str) -> str:
+    """A g++ that answers --version with nothing, and else does this."""
+    script = folder / "g++"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\n{commands}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def _calls(tmp_path: Path) -> int:
     calls = tmp_path / "calls"
     return len(calls.read_text().splitlines()) if calls.exists() else 0
@@ -146,37 +154,42 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path) -> None:
-    script = tmp_path / "g++"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
-        'echo "In file included:" >&2\necho "x.h:1: error: no such type" >&2\nexit 1\n'
-    )
-    script.chmod(0o755)
+    says = 'echo "In file included:" >&2; echo "x.h:1: error: no such type" >&2; exit 1'
+    compiler = _compiler(tmp_path, says)
     with pytest.raises(NativeKernelsError, match=r"failed: x\.h:1: error: no such type"):
-        _load(tmp_path / "kept", str(script))
+        _load(tmp_path / "kept", compiler)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["lock"]
 
 
 def test_a_compiler_that_hangs_is_stopped(tmp_path: Path) -> None:
-    script = tmp_path / "g++"
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\nexec sleep 60\n')
-    script.chmod(0o755)
+    compiler = _compiler(tmp_path, "exec sleep 60")
     with (
         mock.patch.object(native_build, "_SECONDS", 0.2),
         pytest.raises(NativeKernelsError, match=r"took more than 0\.2 s"),
     ):
-        _load(tmp_path / "kept", str(script))
+        _load(tmp_path / "kept", compiler)
 
 
 def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
-    script = tmp_path / "g++"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
-        'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"\n'
-    )
-    script.chmod(0o755)
+    compiler = _compiler(tmp_path, 'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"')
     with pytest.raises(NativeKernelsError, match=r"attention-.*\.so does not load"):
-        _load(tmp_path / "kept", str(script))
+        _load(tmp_path / "kept", compiler)
+
+
+@pytest.mark.parametrize("what", ["no_cpuinfo", "no_temporary_folder"])
+def test_a_machine_that_cannot_build_is_told_in_one_line(
+    tmp_path: Path, compiler: str, what: str
+) -> None:
+    """Not by an OSError, which would end a run that has a tiled path."""
+    _read_only(tmp_path / "kept")
+    full = OSError(28, "No space left on device")
+    broken = (
+        mock.patch.object(native_build, "_cpu_flags", side_effect=full)
+        if what == "no_cpuinfo"
+        else mock.patch("tempfile.TemporaryDirectory", side_effect=full)
+    )
+    with broken, pytest.raises(NativeKernelsError, match=r"cannot be built here: .*No space left"):
+        _load(tmp_path / "kept", compiler)
 
 
 def test_without_a_compiler_auto_takes_tiled_and_says_why() -> None:
