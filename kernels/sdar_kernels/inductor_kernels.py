@@ -75,17 +75,16 @@ class QkNormRope(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """As `swiglu.swiglu`."""
-    out: Tensor = _compiled(_swiglu)(*_inputs(1, gate.reshape(-1), up.reshape(-1)))
-    return out.view(gate.shape)
+    out: Tensor = _compiled(_swiglu)(*_inputs(1, _rows(gate_up)))
+    return out.view(*gate_up.shape[:-1], out.shape[1])
 
 
-def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_gradients(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """As `swiglu.swiglu_gradients`."""
-    flat = (each.reshape(-1) for each in (grad, gate, up))
-    grad_gate, grad_up, product = _compiled(_swiglu_gradients)(*_inputs(1, *flat))
-    return grad_gate.view(gate.shape), grad_up.view(gate.shape), product.view(gate.shape)
+    grad_gate_up, product = _compiled(_swiglu_gradients)(*_inputs(1, _rows(grad), _rows(gate_up)))
+    return grad_gate_up.view(gate_up.shape), product.view(grad.shape)
 
 
 @lru_cache
@@ -158,17 +157,20 @@ def _qk_gradients(
     return _norm_gradients(grad * cos + torch.cat((second, -first), dim=-1), x, rstd, weight)
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
     return torch.nn.functional.silu(gate) * up
 
 
-def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _swiglu_gradients(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     # All of one sigmoid.
+    gate, up = gate_up.chunk(2, dim=1)
     wide = _wide(gate)
     share = torch.sigmoid(wide)
     silu = (wide * share).to(gate.dtype)
     slope = share + wide * share * (1 - share)
-    return (_wide(grad) * _wide(up) * slope).to(gate.dtype), grad * silu, silu * up
+    grad_gate = (_wide(grad) * _wide(up) * slope).to(gate.dtype)
+    return torch.cat((grad_gate, grad * silu), dim=1), silu * up
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -181,6 +183,10 @@ def _rstd(wide: Tensor, eps: float) -> Tensor:
 
 def _scaled(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return (_wide(x) * rstd).to(x.dtype) * weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _inputs(num_dynamic: int, *tensors: Tensor) -> list[Tensor]:

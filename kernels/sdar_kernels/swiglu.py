@@ -3,6 +3,9 @@
 `reference.swiglu` is the plain form. Invariant: `impl` changes speed and memory, not values
 beyond rounding. Not operations of autograd: the projection that reads the activation keeps gate and
 up only, and its backward gets the activation back from the pass that makes their gradients.
+
+gate and up are the halves of a row [.., 2 I], as one product makes them; so are their gradients,
+as one product each reads them.
 """
 
 from __future__ import annotations
@@ -14,59 +17,59 @@ from torch import Tensor
 _TILE_ELEMENTS = 1 << 18
 
 
-def swiglu(gate: Tensor, up: Tensor, impl: str = "torch") -> Tensor:
-    """silu(gate) * up, elementwise; gate and up of one shape and dtype.
+def swiglu(gate_up: Tensor, impl: str = "torch") -> Tensor:
+    """silu(gate) * up: [.., 2 I] -> [.., I].
 
     Args:
         impl: "torch", or "triton" or "inductor" where sdar_kernels.fused_kernels says that it runs.
     """
-    assert gate.shape == up.shape, "gate and up are projections of the same width"
-    assert gate.dtype == up.dtype, "gate and up have one dtype"
+    assert gate_up.shape[-1] % 2 == 0, "gate and up are projections of the same width"
     if impl == "triton":
         from sdar_kernels import triton_swiglu
 
-        return triton_swiglu.swiglu(gate, up)
+        return triton_swiglu.swiglu(gate_up)
     if impl == "inductor":
         from sdar_kernels import inductor_kernels
 
-        return inductor_kernels.swiglu(gate, up)
+        return inductor_kernels.swiglu(gate_up)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
-    flat_gate, flat_up = gate.reshape(-1), up.reshape(-1)
-    out = torch.empty_like(flat_gate)
-    for tile in _tiles(out):
-        part = torch.ops.aten.silu.out(flat_gate[tile], out=out[tile])
-        part.mul_(flat_up[tile])
-    return out.view(gate.shape)
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    gate, up = rows.chunk(2, dim=1)
+    out = gate.new_empty(gate.shape)
+    for tile in _tiles(rows):
+        part = torch.ops.aten.silu.out(gate[tile], out=out[tile])
+        part.mul_(up[tile])
+    return out.view(*gate_up.shape[:-1], gate.shape[1])
 
 
-def swiglu_gradients(
-    grad: Tensor, gate: Tensor, up: Tensor, impl: str = "torch"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate and up for the upstream `grad`, and `swiglu(gate, up)` once more."""
+def swiglu_gradients(grad: Tensor, gate_up: Tensor, impl: str = "torch") -> tuple[Tensor, Tensor]:
+    """The gradient of `gate_up` for the upstream `grad`, and `swiglu(gate_up)` once more."""
     if impl == "triton":
         from sdar_kernels import triton_swiglu
 
-        return triton_swiglu.swiglu_gradients(grad, gate, up)
+        return triton_swiglu.swiglu_gradients(grad, gate_up)
     if impl == "inductor":
         from sdar_kernels import inductor_kernels
 
-        return inductor_kernels.swiglu_gradients(grad, gate, up)
+        return inductor_kernels.swiglu_gradients(grad, gate_up)
     assert impl == "torch", f"unresolved fused_kernels {impl!r}"
-    shape = gate.shape
-    grad, gate, up = (x.reshape(-1) for x in (grad, gate, up))
-    grad_gate, grad_up, product = (torch.empty_like(gate) for _ in range(3))
-    for tile in _tiles(grad):
+    rows, upstream = gate_up.reshape(-1, gate_up.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    gate, up = rows.chunk(2, dim=1)
+    grad_rows = rows.new_empty(rows.shape)
+    grad_gate, grad_up = grad_rows.chunk(2, dim=1)
+    product = gate.new_empty(gate.shape)
+    for tile in _tiles(rows):
         silu = torch.ops.aten.silu.out(gate[tile], out=product[tile])
-        torch.mul(silu, grad[tile], out=grad_up[tile])
+        torch.mul(silu, upstream[tile], out=grad_up[tile])
         silu.mul_(up[tile])
-        slope = torch.mul(grad[tile], up[tile], out=grad_gate[tile])
+        slope = torch.mul(upstream[tile], up[tile], out=grad_gate[tile])
         torch.ops.aten.silu_backward.grad_input(slope, gate[tile], grad_input=slope)
-    return grad_gate.view(shape), grad_up.view(shape), product.view(shape)
+    return grad_rows.view(gate_up.shape), product.view(grad.shape)
 
 
-def _tiles(x: Tensor) -> list[slice]:
-    """Parts of a flat tensor."""
-    if x.device.type != "cpu":
+def _tiles(rows: Tensor) -> list[slice]:
+    """Parts of a matrix, by rows."""
+    if rows.device.type != "cpu":
         return [slice(None)]
-    step = _TILE_ELEMENTS * torch.get_num_threads()
-    return [slice(at, at + step) for at in range(0, x.shape[0], step)]
+    step = max(1, 2 * _TILE_ELEMENTS * torch.get_num_threads() // max(1, rows.shape[1]))
+    return [slice(at, at + step) for at in range(0, rows.shape[0], step)]

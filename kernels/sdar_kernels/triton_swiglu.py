@@ -1,7 +1,7 @@
 """SwiGLU in Triton, forward and backward (the specification is swiglu.swiglu).
 
-One elementwise kernel each way over the flat tensors; backward makes silu from the gate again and
-writes both gradients and the activation in one pass, so nothing but the two inputs is kept.
+One elementwise kernel each way; backward makes silu from the gate again and writes both gradients
+and the activation in one pass, so nothing but the input, gate and up side by side, is kept.
 Arithmetic is fp32, fp64 for fp64 input.
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sdar_kernels.triton_runtime import KernelSpec
 
-_BLOCK = 4096
-_NUM_WARPS = 8
+# Columns of a program: intermediate sizes are multiples of it, or not far below one.
+_BLOCK = 1024
+_NUM_WARPS = 4
 
 
 @triton.jit
@@ -29,54 +30,67 @@ def _product(gate, up, sigmoid, NARROW: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(gate_ptr, up_ptr, out_ptr, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    narrow = tl.load(gate_ptr + at, mask=at < count, other=0.0)
-    up = tl.load(up_ptr + at, mask=at < count, other=0.0).to(WIDE)
+def _place(width, BLOCK: tl.constexpr):
+    """Row and columns of this program."""
+    blocks = tl.cdiv(width, BLOCK)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _forward_kernel(gate_up_ptr, out_ptr, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = _place(width, BLOCK)
+    gate_ptr = gate_up_ptr + row * 2 * width + column
+    narrow = tl.load(gate_ptr, mask=column < width, other=0.0)
+    up = tl.load(gate_ptr + width, mask=column < width, other=0.0).to(WIDE)
     gate = narrow.to(WIDE)
-    tl.store(out_ptr + at, _product(gate, up, tl.sigmoid(gate), narrow.dtype), mask=at < count)
+    product = _product(gate, up, tl.sigmoid(gate), narrow.dtype)
+    tl.store(out_ptr + row * width + column, product, mask=column < width)
 
 
 @triton.jit
 def _backward_kernel(
-    gate_ptr, up_ptr, grad_ptr, grad_gate_ptr, grad_up_ptr, out_ptr, count,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up_ptr, grad_ptr, grad_gate_up_ptr, out_ptr, width, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    narrow = tl.load(gate_ptr + at, mask=at < count, other=0.0)
+    row, column = _place(width, BLOCK)
+    inside = column < width
+    at, gate_at = row * width + column, row * 2 * width + column
+    narrow = tl.load(gate_up_ptr + gate_at, mask=inside, other=0.0)
     gate = narrow.to(WIDE)
-    up = tl.load(up_ptr + at, mask=at < count, other=0.0).to(WIDE)
-    grad = tl.load(grad_ptr + at, mask=at < count, other=0.0).to(WIDE)
+    up = tl.load(gate_up_ptr + gate_at + width, mask=inside, other=0.0).to(WIDE)
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(WIDE)
     sigmoid = tl.sigmoid(gate)
     slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(grad_gate_ptr + at, grad * up * slope, mask=at < count)
-    tl.store(grad_up_ptr + at, grad * gate * sigmoid, mask=at < count)
-    tl.store(out_ptr + at, _product(gate, up, sigmoid, narrow.dtype), mask=at < count)
+    tl.store(grad_gate_up_ptr + gate_at, grad * up * slope, mask=inside)
+    tl.store(grad_gate_up_ptr + gate_at + width, grad * gate * sigmoid, mask=inside)
+    tl.store(out_ptr + at, _product(gate, up, sigmoid, narrow.dtype), mask=inside)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """As `swiglu.swiglu`."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    _forward_kernel[_grid(gate)](
-        gate, up, out, gate.numel(), **_constants(gate.dtype), num_warps=_NUM_WARPS
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    _forward_kernel[_grid(out)](
+        gate_up, out, width, **_constants(gate_up.dtype), num_warps=_NUM_WARPS
     )
     return out
 
 
-def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_gradients(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """As `swiglu.swiglu_gradients`."""
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    grad_gate, grad_up, out = (torch.empty_like(gate) for _ in range(3))
-    _backward_kernel[_grid(gate)](
-        gate, up, grad, grad_gate, grad_up, out, gate.numel(),
-        **_constants(gate.dtype), num_warps=_NUM_WARPS,
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    grad_gate_up, out = torch.empty_like(gate_up), torch.empty_like(grad)
+    _backward_kernel[_grid(out)](
+        gate_up, grad, grad_gate_up, out, out.shape[-1],
+        **_constants(gate_up.dtype), num_warps=_NUM_WARPS,
     )  # fmt: skip
-    return grad_gate, grad_up, out
+    return grad_gate_up, out
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), _BLOCK),)
+def _grid(out: Tensor) -> tuple[int]:
+    width = out.shape[-1]
+    return (out.numel() // width * triton.cdiv(width, _BLOCK),)
 
 
 def _constants(dtype: torch.dtype) -> dict[str, Any]:
@@ -89,19 +103,19 @@ def shipped(arch: str) -> list[KernelSpec]:
         KernelSpec(
             name=f"swiglu {direction} {pointer[1:]}",
             kernel=kernel,
-            signature={**dict.fromkeys(pointers, pointer), "count": "i32"},
+            signature={**dict.fromkeys(pointers, pointer), "width": "i32"},
             constexprs=_constants(dtype),
             num_warps=_NUM_WARPS,
             num_stages=3,
-            aligned=(*pointers, "count"),
+            aligned=(*pointers, "width"),
         )
         for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32"))
         for direction, kernel, pointers in (
-            ("forward", _forward_kernel, ("gate_ptr", "up_ptr", "out_ptr")),
+            ("forward", _forward_kernel, ("gate_up_ptr", "out_ptr")),
             (
                 "backward",
                 _backward_kernel,
-                ("gate_ptr", "up_ptr", "grad_ptr", "grad_gate_ptr", "grad_up_ptr", "out_ptr"),
+                ("gate_up_ptr", "grad_ptr", "grad_gate_up_ptr", "out_ptr"),
             ),
         )
     ]

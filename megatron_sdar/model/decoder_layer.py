@@ -18,9 +18,10 @@ from megatron_sdar.architecture import Architecture
 from megatron_sdar.model.attention import SdarAttention, SelectedTokens, TokenLayout
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.recomputation import not_kept
+from megatron_sdar.parallel.adjacency import place_side_by_side
 from megatron_sdar.parallel.collectives import enter_parallel_region, leave_parallel_region
 from megatron_sdar.parallel.layers import ColumnParallelLinear, ReplicatedVector, RowParallelLinear
-from megatron_sdar.parallel.projections import column_parallel_projections, project_swiglu
+from megatron_sdar.parallel.projections import joint_column_parallel_projection, project_swiglu
 
 
 class SdarMLP(nn.Module):
@@ -36,16 +37,20 @@ class SdarMLP(nn.Module):
         self.up_proj = ColumnParallelLinear(arch.hidden_size, arch.intermediate_size, tp, dtype)
         self.down_proj = RowParallelLinear(arch.intermediate_size, arch.hidden_size, tp, dtype)
 
+    def place_weights(self) -> None:
+        """gate and up become one product where their shards can lie side by side."""
+        place_side_by_side([self.gate_proj.weight, self.up_proj.weight])
+
     def forward(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
         """[T, D], or [T / tp, D] under sequence parallelism, to a partial sum [T, D].
 
-        Collectives: see `column_parallel_projections`.
+        Collectives: see `joint_column_parallel_projection`.
         """
         weights = [proj.product(dropout_seed) for proj in (self.gate_proj, self.up_proj)]
         group, split = self.tp.get_group(), self.sequence_parallel
-        gate, up = column_parallel_projections(x, weights, group, split)
+        gate_up = joint_column_parallel_projection(x, weights, group, split)
         down = self.down_proj.product(dropout_seed)
-        return project_swiglu(gate, up, down, self.fused_kernels)
+        return project_swiglu(gate_up, down, self.fused_kernels)
 
 
 class SdarDecoderLayer(nn.Module):

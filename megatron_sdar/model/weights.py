@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megatron_sdar.model.decoder_layer import SdarDecoderLayer
 from megatron_sdar.model.finetuning import UP, is_factor
 from megatron_sdar.model.sdar import EMBEDDING, HEAD, SdarStage
 from megatron_sdar.parallel.sharding import fill_local, local_ranges
@@ -23,11 +24,14 @@ Draw = Callable[..., Tensor]
 
 
 def materialize(stages: Iterable[nn.Module], device: torch.device) -> None:
-    """Give meta parameters (uninitialised) storage on `device`."""
+    """Give meta parameters (uninitialised) storage on `device`, gate and up side by side."""
     for stage in stages:
         assert isinstance(stage, SdarStage)
         stage.to_empty(device=device)
         stage.tie_weights()
+        for layer in stage.model.layers.values():
+            assert isinstance(layer, SdarDecoderLayer)
+            layer.mlp.place_weights()
 
 
 def initialize(stages: Iterable[nn.Module], seed: int) -> None:

@@ -5,7 +5,9 @@ sum the input's gradient inside the products instead of by extra additions, keep
 tokens for backward, and run backward's collectives beside products: gathering the input again
 beside the input's gradient, summing that gradient over tp beside the weights' gradients (as
 Megatron's LinearWithGradAccumulationAndAsyncCommunication does). Weights stay separate
-parameters, so names in checkpoints do not change. Frozen weights cost no product for a gradient.
+parameters, so names in checkpoints do not change; gate and up, which lie side by side in memory,
+are one product, and so is their input's gradient (`joint_products`). Frozen weights cost no product
+for a gradient.
 
 The MLP's way out keeps gate and up but not their product, half as much again: the pass that makes
 their gradients makes it once more, just before the weight's gradient reads it.
@@ -31,6 +33,7 @@ from megatron_sdar.parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from megatron_sdar.parallel.joint_products import input_gradient, joint_product, products
 from megatron_sdar.parallel.local_weights import ProductWeight
 from megatron_sdar.parallel.lora import LowRankUpdate
 
@@ -55,7 +58,16 @@ def column_parallel_projections(
     the input, and sums only if the input has a gradient.
     """
     parameters = (parameter for weight in weights for parameter in weight.parameters)
-    return _Projections.apply(x, group, sequence_parallel, weights, *parameters)
+    return _Projections.apply(x, group, sequence_parallel, weights, False, *parameters)
+
+
+def joint_column_parallel_projection(
+    x: Tensor, weights: Sequence[ProductWeight], group: Group | None, sequence_parallel: bool
+) -> Tensor:
+    """As `column_parallel_projections`, all in one matrix: [T, sum of columns]."""
+    parameters = (parameter for weight in weights for parameter in weight.parameters)
+    out: Tensor = _Projections.apply(x, group, sequence_parallel, weights, True, *parameters)
+    return out
 
 
 def project(x: Tensor, weight: ProductWeight) -> Tensor:
@@ -63,17 +75,17 @@ def project(x: Tensor, weight: ProductWeight) -> Tensor:
     return column_parallel_projections(x, [weight], None, False)[0]
 
 
-def project_swiglu(gate: Tensor, up: Tensor, weight: ProductWeight, impl: str) -> Tensor:
+def project_swiglu(gate_up: Tensor, weight: ProductWeight, impl: str) -> Tensor:
     """(silu(gate) * up) W^T with this rank's shard W. No collective.
 
     Kept for backward: gate and up.
 
     Args:
-        gate, up: [T, this rank's part of the intermediate size].
+        gate_up: [T, twice this rank's part of the intermediate size].
         weight: its low-rank update included.
         impl: fused_kernels, resolved.
     """
-    out: Tensor = _SwigluProjection.apply(gate, up, weight, impl, *weight.parameters)
+    out: Tensor = _SwigluProjection.apply(gate_up, weight, impl, *weight.parameters)
     return out
 
 
@@ -85,23 +97,33 @@ class _Projections(torch.autograd.Function):
         group: Group | None,
         sequence_parallel: bool,
         weights: Sequence[ProductWeight],
+        joint: bool,
         *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.group = group if group is not None and dist.get_world_size(group) > 1 else None
         ctx.split = sequence_parallel and ctx.group is not None
         # Parameters outlive the graph, and FSDP may free and gather them again in between.
         ctx.weights = weights
-        ctx.wanted = _wanted(ctx.needs_input_grad[4:], weights)
+        ctx.wanted = _wanted(ctx.needs_input_grad[5:], weights)
         whole = all_gather_tokens(x, ctx.group) if ctx.split else x
-        outputs, reduced = _outputs(weights, whole)
+        ctx.columns = None
+        if joint:
+            out = joint_product(whole, weights)
+            ctx.columns = [weight.local().shape[0] for weight in weights]
+            outputs: Sequence[Tensor] = out.split(ctx.columns, dim=1)
+        else:
+            outputs = products(whole, weights)
+        reduced = _add_updates(weights, whole, outputs)
         # Frozen weights need neither the input nor, in backward, the gathering of it.
         ctx.keeps_input = any(wanted.weight or wanted.down for wanted in ctx.wanted)
         ctx.save_for_backward(*([x] if ctx.keeps_input else []), *reduced)
-        return tuple(outputs)
+        return out if joint else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.columns is not None:
+            grads = grads[0].split(ctx.columns, dim=1)
         saved = list(ctx.saved_tensors)
         whole = saved.pop(0) if ctx.keeps_input else None
         weights: Sequence[ProductWeight] = ctx.weights
@@ -121,45 +143,46 @@ class _Projections(torch.autograd.Function):
         gradients = _weight_gradients(weights, grads, upstreams, whole, saved, ctx.wanted)
         if summing is not None:
             grad_x = summing.wait()
-        return (grad_x, None, None, None, *gradients)
+        return (grad_x, None, None, None, None, *gradients)
 
 
 class _SwigluProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: ProductWeight, impl: str, *parameters: Tensor
+        ctx: Any, gate_up: Tensor, weight: ProductWeight, impl: str, *parameters: Tensor
     ) -> Tensor:
         ctx.weight, ctx.impl = weight, impl
-        ctx.wanted = _wanted(ctx.needs_input_grad[4:], [weight])
-        (out,), reduced = _outputs([weight], swiglu(gate, up, impl))
-        ctx.save_for_backward(gate, up, *reduced)
+        ctx.wanted = _wanted(ctx.needs_input_grad[3:], [weight])
+        activated = swiglu(gate_up, impl)
+        (out,) = products(activated, [weight])
+        ctx.save_for_backward(gate_up, *_add_updates([weight], activated, [out]))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, *reduced = ctx.saved_tensors
+        gate_up, *reduced = ctx.saved_tensors
         weights: list[ProductWeight] = [ctx.weight]
         upstreams = _upstreams(weights, [grad])
-        if any(ctx.needs_input_grad[:2]):
+        if ctx.needs_input_grad[0]:
             grad_product = _input_gradient(weights, [grad], upstreams)
-            grad_gate, grad_up, product = swiglu_gradients(grad_product, gate, up, ctx.impl)
+            grad_gate_up, activated = swiglu_gradients(grad_product, gate_up, ctx.impl)
         else:
-            grad_gate, grad_up, product = None, None, swiglu(gate, up, ctx.impl)
-        gradients = _weight_gradients(weights, [grad], upstreams, product, reduced, ctx.wanted)
-        return (grad_gate, grad_up, None, None, *gradients)
+            grad_gate_up, activated = None, swiglu(gate_up, ctx.impl)
+        gradients = _weight_gradients(weights, [grad], upstreams, activated, reduced, ctx.wanted)
+        return (grad_gate_up, None, None, *gradients)
 
 
-def _outputs(weights: Sequence[ProductWeight], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """[T, columns] of each weight, and what each update's smaller factor makes of x."""
-    outputs, reduced = [], []
-    for weight in weights:
-        out = torch.mm(x, weight.local().t())
+def _add_updates(
+    weights: Sequence[ProductWeight], x: Tensor, outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Add low-rank updates to [T, columns] of each weight; what their smaller factors make of x."""
+    reduced = []
+    for weight, out in zip(weights, outputs, strict=True):
         if weight.update is not None:
             reduced.append(weight.update.reduced(x))
             weight.update.add_output(reduced[-1], out)
-        outputs.append(out)
-    return outputs, reduced
+    return reduced
 
 
 def _upstreams(weights: Sequence[ProductWeight], grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -207,9 +230,7 @@ def _input_gradient(
     weights: Sequence[ProductWeight], grads: Sequence[Tensor], upstreams: Sequence[Tensor | None]
 ) -> Tensor:
     """[T, D], this rank's part of the sum over all weights."""
-    total = torch.mm(grads[0], weights[0].local())
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total.addmm_(grad, weight.local())
+    total = input_gradient(grads, weights)
     for weight, upstream in zip(weights, upstreams, strict=True):
         if weight.update is not None:
             weight.update.add_input_gradient(_kept(upstream), total)

@@ -7,7 +7,7 @@ denominators; Megatron-Bridge 2952: middle stages without packing metadata; and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from megatron_sdar.diffusion import savings
 from megatron_sdar.model import decoder_layer, recomputation
 from megatron_sdar.model.attention import SelectedTokens, TokenLayout
 from megatron_sdar.model.sdar import SdarStage
-from megatron_sdar.parallel import collectives, local_weights, projections
+from megatron_sdar.parallel import collectives, joint_products, local_weights, projections
 from megatron_sdar.training import batch as training_batch
 from megatron_sdar.training import step as training_step
 
@@ -105,13 +105,13 @@ def _no_input_gradient_sum() -> mock._patch:
 
 
 def _projections_without_input_sum() -> mock._patch:
-    original = decoder_layer.column_parallel_projections
+    original = decoder_layer.joint_column_parallel_projection
 
     def alone(x: Tensor, weights: object, group: object, split: bool) -> object:
         del group, split
         return original(x, weights, None, False)
 
-    return mock.patch.object(decoder_layer, "column_parallel_projections", alone)
+    return mock.patch.object(decoder_layer, "joint_column_parallel_projection", alone)
 
 
 def _blocks_with_one_mask_left_out() -> mock._patch:
@@ -140,10 +140,21 @@ def _stale_activation() -> mock._patch:
     kept: dict[torch.Size, Tensor] = {}
 
     def gradients(*arguments: object) -> tuple[Tensor, ...]:
-        *of_inputs, activated = swiglu_gradients(*arguments)
-        return (*of_inputs, kept.setdefault(activated.shape, activated))
+        of_input, activated = swiglu_gradients(*arguments)
+        return of_input, kept.setdefault(activated.shape, activated)
 
     return mock.patch.object(projections, "swiglu_gradients", gradients)
+
+
+def _gate_and_up_exchanged() -> mock._patch:
+    """gate and up, seen as one matrix, are exchanged."""
+    original = joint_products.rows_as_one
+
+    def exchanged(parts: Sequence[Tensor]) -> Tensor | None:
+        whole = original(parts)
+        return None if whole is None or len(parts) != 2 else whole.roll(parts[0].shape[0], 0)
+
+    return mock.patch.object(joint_products, "rows_as_one", exchanged)
 
 
 def _stream_past_the_norm_has_no_gradient() -> mock._patch:
@@ -203,6 +214,7 @@ MUTANTS: dict[str, tuple[Patch, Layout]] = {
     "blocks_with_one_mask_left_out": (_blocks_with_one_mask_left_out, Layout("m14")),
     "stale_recomputation": (_stale_recomputation, Layout("m15", recompute="selective")),
     "stale_activation": (_stale_activation, Layout("m17", tp=2, sequence_parallel=True)),
+    "gate_and_up_exchanged": (_gate_and_up_exchanged, Layout("m19")),
     "stream_past_the_norm_has_no_gradient": (
         _stream_past_the_norm_has_no_gradient,
         Layout("m18"),

@@ -15,6 +15,7 @@ from unit.packings import pack, random_document
 
 from megatron_sdar.model.options import ModelOptions
 from megatron_sdar.model.partition import build_stages
+from megatron_sdar.model.sdar import SdarStage
 from megatron_sdar.model.weights import initialize, materialize
 from megatron_sdar.parallel.mesh import build_mesh
 from megatron_sdar.training.batch import to_device
@@ -32,16 +33,23 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def small_stage(fused_kernels: str, recompute: str, attention: str) -> SdarStage:
+    """The whole model, initialised, in fp64."""
+    options = ModelOptions(PADDED, torch.float64, False, recompute, attention, fused_kernels)
+    (stage,) = build_stages(ARCH, build_mesh(CPU, 1, 1), options)
+    materialize([stage], CPU)
+    initialize([stage], seed=11)
+    assert isinstance(stage, SdarStage)
+    return stage
+
+
 def loss_and_gradients(fused_kernels: str, recompute: str, attention: str) -> list[Tensor]:
     """The loss of one row, scalar, and every weight's gradient, all in fp64."""
-    options = ModelOptions(PADDED, torch.float64, False, recompute, attention, fused_kernels)
-    stages = build_stages(ARCH, build_mesh(CPU, 1, 1), options)
-    materialize(stages, CPU)
-    initialize(stages, seed=11)
+    stage = small_stage(fused_kernels, recompute, attention)
     row = pack([random_document(np.random.default_rng(2), 4, 6, drop=False)], 4, 5).row
-    loss = stages[0](None, to_device(row, CPU, 0.1))
+    loss = stage(None, to_device(row, CPU, 0.1))
     loss.backward()
-    return [loss.detach(), *(weight.grad._local_tensor for weight in stages[0].parameters())]
+    return [loss.detach(), *(weight.grad._local_tensor for weight in stage.parameters())]
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_sdar.parallel.local_weights import ProductWeight
-from megatron_sdar.parallel.projections import column_parallel_projections
+from megatron_sdar.parallel.projections import (
+    column_parallel_projections,
+    joint_column_parallel_projection,
+)
 
 TOKENS, HIDDEN, COLUMNS = 6, 5, (4, 2, 8)
 
@@ -35,14 +39,17 @@ def problem(rank: int, world: int) -> tuple[Tensor, list[Tensor], list[Tensor], 
     )
 
 
-def check(sequence_parallel: bool) -> None:
+def check(sequence_parallel: bool, joint: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     x, weights, shards, upstream = problem(rank, world)
     _, _, _, all_upstream = problem(0, 1)
     mine = x.chunk(world)[rank].clone() if sequence_parallel else x.clone()
     leaves = [mine.requires_grad_(), *(shard.requires_grad_() for shard in shards)]
     weights_used = [ProductWeight(shard) for shard in shards]
-    outs = column_parallel_projections(mine, weights_used, dist.group.WORLD, sequence_parallel)
+    project = joint_column_parallel_projection if joint else column_parallel_projections
+    outs = project(mine, weights_used, dist.group.WORLD, sequence_parallel)
+    if joint:
+        outs = outs.split([shard.shape[0] for shard in shards], dim=1)
     grads = torch.autograd.grad(outs, leaves, upstream)
 
     whole = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
@@ -58,12 +65,13 @@ def check(sequence_parallel: bool) -> None:
 
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_one_process(sequence_parallel: bool) -> None:
-    check(sequence_parallel)
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_process(sequence_parallel: bool, joint: bool) -> None:
+    check(sequence_parallel, joint)
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    run_world(2, [(check, (False,)), (check, (True,))], tmp_path)
+    run_world(2, [(check, case) for case in product((False, True), repeat=2)], tmp_path)
 
 
 @pytest.mark.usefixtures("single_process")
