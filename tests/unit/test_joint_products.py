@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.small_model import ARCH, one_process, small_stage
+from unit.small_model import ARCH, small_stage
 
 from megatron_sdar.parallel.adjacency import place_side_by_side, rows_as_one
 from megatron_sdar.parallel.joint_products import input_gradient, joint_product
@@ -86,18 +86,16 @@ def test_what_lies_apart_on_one_side_is_computed_one_by_one(beside: bool) -> Non
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
+@pytest.mark.usefixtures("single_process")
 def test_the_models_gate_and_up_are_one_product_each_way() -> None:
-    with one_process():
-        stage = small_stage("torch", "none", "tiled")
-        for layer in stage.model.layers.values():
-            shards = [
-                local_tensor(each.weight) for each in (layer.mlp.gate_proj, layer.mlp.up_proj)
-            ]
-            assert rows_as_one([shard.detach() for shard in shards]) is not None
-        x = draw(TOKENS, ARCH.hidden_size, seed=0).requires_grad_()
-        with Calls() as calls:
-            out = layer.mlp(x)
-        assert calls.products == 2
-        with Calls() as calls:
-            out.sum().backward()
-        assert calls.products == 5  # of the input's two, and of three weights'
+    stage = small_stage("torch", "none", "tiled")
+    for layer in stage.model.layers.values():
+        shards = [local_tensor(each.weight) for each in (layer.mlp.gate_proj, layer.mlp.up_proj)]
+        assert rows_as_one([shard.detach() for shard in shards]) is not None
+    x = draw(TOKENS, ARCH.hidden_size, seed=0).requires_grad_()
+    with Calls() as calls:
+        out = layer.mlp(x)
+    assert calls.products == 2
+    with Calls() as calls:
+        out.sum().backward()
+    assert calls.products == 5  # of the input's two, and of three weights'
