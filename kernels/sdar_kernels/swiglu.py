@@ -4,7 +4,7 @@
 beyond rounding. Not operations of autograd: the projection that reads the activation keeps gate and
 up only, and its backward gets the activation back from the pass that makes their gradients.
 
-gate and up are the halves of a row [.., 2 I], as one product makes them, and so are their gradients.
+gate and up are the halves of a row [.., 2 I], as one product makes them; so are their gradients.
 """
 
 from __future__ import annotations
