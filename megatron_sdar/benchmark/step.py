@@ -43,7 +43,7 @@ from megatron_sdar.benchmark.step_notes import step_notes
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import plain_weights
 from megatron_sdar.benchmark.step_parallel import measure_layouts
-from megatron_sdar.benchmark.step_rows import Packer, Packing, RowShape, choose_documents
+from megatron_sdar.benchmark.step_rows import Measure, Packing, RowShape, choose_documents
 from megatron_sdar.parallel.host_memory import keep_freed_memory, return_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
 
@@ -185,12 +185,12 @@ def _time_length(
     Yields the forms when they have been timed, and again with the memory of all of them.
     """
     shape = options.shape(length)
-    packers: list[Packer] = [
-        shape.pack_whole,
-        shape.pack_kept,
-        partial(shape.pack_kept, num_views=2),
+    measures: list[Measure] = [
+        shape.whole_sizes,
+        shape.kept_sizes,
+        partial(shape.kept_sizes, num_views=2),
     ]
-    documents = choose_documents(corpus, packers, options.rows, shape.longest(2))
+    documents = choose_documents(corpus, measures, options.rows, shape.longest(2))
     say(f"rows of 2 x {length} tokens, {len(documents)} documents: first steps, losses")
     expected = _peer_losses(forms[PEER], documents, shape)
     timed = []

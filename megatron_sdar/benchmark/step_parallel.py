@@ -121,7 +121,9 @@ def measure_layouts(
         ValueError: the layouts' losses differ, or a rank failed.
     """
     shape = options.shape(options.lengths[0])
-    documents = choose_documents(corpus, [shape.pack_kept], options.parallel_rows, shape.longest(1))
+    documents = choose_documents(
+        corpus, [shape.kept_sizes], options.parallel_rows, shape.longest(1)
+    )
     say(
         f"parallel overhead: {options.parallel_rows} micro-batches of {shape.kept_row_length} "
         f"tokens, one thread per rank, {options.parallel_rounds} rounds in turn"

@@ -6,11 +6,12 @@ decide the comparison; so documents are chosen whose rows are full in every form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sdar.benchmark.step_data import Document
 from megatron_sdar.data.loading.packing import fill_rows, pack_documents
@@ -18,7 +19,8 @@ from megatron_sdar.diffusion.rows import Row, RowDocument, build_row, full_copie
 from megatron_sdar.diffusion.savings import kept_copies, num_row_blocks
 
 _PAD_ID = 0
-_STARTS = 40
+# Packings that are tried once one of them will do.
+_TRIES = 400
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,33 @@ class Packing:
     fill: float
 
 
-Packer = Callable[[Sequence[Document]], Packing]
+@dataclass(frozen=True)
+class Sizes:
+    """What documents take in the rows of one form.
+
+    Attributes:
+        blocks: int64 [N], of each document.
+        capacity: blocks of a row.
+    """
+
+    blocks: NDArray[np.int64]
+    capacity: int
+
+    def pack(self) -> tuple[tuple[int, ...], ...]:
+        """Document numbers of each row; documents without a block are in none."""
+        offsets, order = fill_rows(self.blocks, self.capacity)
+        return tuple(tuple(order[start:end].tolist()) for start, end in pairwise(offsets.tolist()))
+
+    def fill(self, num_rows: int) -> float:
+        """Occupied share of so many rows."""
+        return float(self.blocks.sum() / (num_rows * self.capacity))
+
+    def run(self, start: int, end: int) -> Sizes:
+        """Those of some neighbours."""
+        return Sizes(self.blocks[start:end], self.capacity)
+
+
+Measure = Callable[[Sequence[Document]], Sizes]
 
 
 @dataclass(frozen=True)
@@ -45,6 +73,16 @@ class RowShape:
     block_length: int
     mask_token_id: int
     kept_row_length: int
+
+    def whole_sizes(self, documents: Sequence[Document]) -> Sizes:
+        """Published form: documents take their length."""
+        blocks = np.array([document.ids.size // self.block_length for document in documents])
+        return Sizes(blocks, self.length // self.block_length)
+
+    def kept_sizes(self, documents: Sequence[Document], num_views: int = 1) -> Sizes:
+        """Exact savings: documents take what their noise leaves of them."""
+        blocks = np.array([num_row_blocks(self._kept(each, num_views)) for each in documents])
+        return Sizes(blocks, self.kept_row_length // self.block_length)
 
     def pack_whole(self, documents: Sequence[Document]) -> Packing:
         """Published form: documents packed by their length."""
@@ -63,14 +101,10 @@ class RowShape:
 
         One without a masked token takes no room; the first row counts its labels.
         """
-        copies = [self._kept(document, num_views) for document in documents]
-        sizes = np.array([num_row_blocks(each) for each in copies])
-        capacity = self.kept_row_length // self.block_length
-        offsets, order = fill_rows(sizes, capacity)
-        edges = offsets.tolist()
-        rows = [order[start:end].tolist() for start, end in pairwise(edges)]
-        rows[0] += np.flatnonzero(sizes == 0).tolist()
-        return Packing(tuple(map(tuple, rows)), float(sizes.sum() / (len(rows) * capacity)))
+        sizes = self.kept_sizes(documents, num_views)
+        first, *others = sizes.pack()
+        rows = ((*first, *np.flatnonzero(sizes.blocks == 0).tolist()), *others)
+        return Packing(rows, sizes.fill(len(rows)))
 
     def whole_rows(self, documents: Sequence[Document]) -> list[Row]:
         """Rows of both copies, whole."""
@@ -100,13 +134,13 @@ class RowShape:
 
 
 def choose_documents(
-    documents: Sequence[Document], packers: Sequence[Packer], num_rows: int, max_length: int
+    documents: Sequence[Document], measures: Sequence[Measure], num_rows: int, max_length: int
 ) -> list[Document]:
-    """Neighbouring documents whose rows are fullest, whichever of the packers makes them.
+    """Neighbouring documents whose rows are fullest, whichever of the forms makes them.
 
     Args:
         documents: the corpus.
-        packers: the forms; the first one gives exactly num_rows rows.
+        measures: what documents take in each form; the first one gives exactly num_rows rows.
         num_rows: of the first form.
         max_length: longer documents are left out.
 
@@ -114,34 +148,46 @@ def choose_documents(
         ValueError: the corpus is too small.
     """
     fitting = [document for document in documents if document.ids.size <= max_length]
-    best: tuple[float, list[Document]] = (0.0, [])
-    stride = max(1, len(fitting) // _STARTS)
-    for start in range(0, len(fitting), stride):
-        for count in _candidate_counts(fitting[start:], packers[0], num_rows):
-            chosen = fitting[start : start + count]
-            packings = [pack(chosen) for pack in packers]
-            if len(packings[0].rows) != num_rows:
-                continue
-            fill = min(packing.fill for packing in packings)
-            best = max(best, (fill, chosen), key=lambda pair: pair[0])
-    if not best[1]:
+    forms = [measure(fitting) for measure in measures]
+    best, chosen = 0.0, range(0)
+    for tried, (bound, run) in enumerate(_runs(forms, num_rows)):
+        if chosen and (bound <= best or tried >= _TRIES):
+            break
+        sizes = [form.run(run.start, run.stop) for form in forms]
+        counts = [len(each.pack()) for each in sizes]
+        fill = min(each.fill(count) for each, count in zip(sizes, counts, strict=True))
+        if counts[0] == num_rows and fill > best:
+            best, chosen = fill, run
+    if not chosen:
         raise ValueError(
             f"the input has too few documents of at most {max_length} tokens to fill {num_rows} "
             "rows; give a larger --input or shorter --lengths"
         )
-    return best[1]
+    return fitting[chosen.start : chosen.stop]
 
 
-def _candidate_counts(documents: Sequence[Document], pack: Packer, num_rows: int) -> range:
-    """Numbers of documents that may give num_rows rows: around the largest that does."""
-    low, high = 0, 2 * num_rows
-    while high < len(documents) and len(pack(documents[:high]).rows) <= num_rows:
-        low, high = high, 2 * high
-    high = min(high, len(documents))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(pack(documents[:middle]).rows) <= num_rows:
-            low = middle
-        else:
-            high = middle - 1
-    return range(max(1, low - low // (2 * num_rows)), low + 1)
+def _runs(forms: Sequence[Sizes], num_rows: int) -> Iterator[tuple[float, range]]:
+    """Runs of neighbours that may give num_rows rows of the first form, the most promising first.
+
+    With each the fill that it could reach at best in every form: in num_rows rows of the first, in
+    as few of the others as its blocks need. Two rows that are half full would be one, so
+    num_rows rows are more than half full.
+    """
+    sums = [np.concatenate([[0], np.cumsum(form.blocks)]) for form in forms]
+    room = num_rows * forms[0].capacity
+    runs = []
+    for start in range(len(forms[0].blocks)):
+        before = sums[0][start]
+        ends = np.searchsorted(sums[0], [before + room // 2, before + room], side="right")
+        for end in range(int(ends[0]), int(ends[1])):
+            totals = [int(each[end] - each[start]) for each in sums]
+            rows = [-(-total // form.capacity) for total, form in zip(totals, forms, strict=True)]
+            rows[0] = num_rows
+            if all(totals):
+                bound = min(
+                    total / (count * form.capacity)
+                    for total, count, form in zip(totals, rows, forms, strict=True)
+                )
+                runs.append((bound, range(start, end)))
+    runs.sort(key=lambda each: (-each[0], each[1].start, each[1].stop))
+    yield from runs

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -199,14 +200,29 @@ def test_all_packings_hold_every_document_once() -> None:
 
 def test_chosen_documents_fill_their_rows() -> None:
     corpus = _documents(60)
-    chosen = choose_documents(corpus, [SHAPE.pack_whole, SHAPE.pack_kept], 3, 32)
+    chosen = choose_documents(corpus, [SHAPE.whole_sizes, SHAPE.kept_sizes], 3, 32)
     assert len(SHAPE.pack_whole(chosen).rows) == 3
-    assert min(SHAPE.pack_whole(chosen).fill, SHAPE.pack_kept(chosen).fill) > 0.9
+    assert _least_fill(chosen) > 0.9
+    runs = [corpus[start:end] for start in range(60) for end in range(start + 1, 61)]
+    packed = [_least_fill(run) for run in runs if len(SHAPE.pack_whole(run).rows) == 3]
+    assert _least_fill(chosen) == max(packed)
+
+
+def _least_fill(documents: Sequence[Document]) -> float:
+    return min(SHAPE.pack_whole(documents).fill, SHAPE.pack_kept(documents).fill)
+
+
+def test_documents_are_found_where_the_fullest_runs_need_another_row() -> None:
+    # Four documents of five blocks would fill 20 of 24, but no row of 8 takes two of them.
+    ids = np.arange(1, 21, dtype=np.int32)
+    document = Document(ids, ids, NoiseDraw(1.0, np.ones(20, dtype=bool)))
+    chosen = choose_documents([document] * 8, [SHAPE.whole_sizes], 3, 32)
+    assert len(chosen) == len(SHAPE.pack_whole(chosen).rows) == 3
 
 
 def test_too_few_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="too few documents of at most 32 tokens to fill 3 rows"):
-        choose_documents(_documents(2), [SHAPE.pack_whole], 3, 32)
+        choose_documents(_documents(2), [SHAPE.whole_sizes], 3, 32)
 
 
 def test_documents_survive_a_file(tmp_path: Path) -> None:
@@ -317,5 +333,6 @@ def test_a_model_of_42_million_parameters() -> None:
 def test_rows_of_exact_grow_with_the_published_ones() -> None:
     options = StepOptions()
     lengths = [options.shape(length).kept_row_length for length in options.lengths]
-    assert lengths == [1792, 2816]
+    assert lengths == [1536, 3072]
+    assert StepOptions(block_length=16).shape(1000).kept_row_length == 736
     assert StepOptions(row_length=64).shape(2048).kept_row_length == 64
