@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sdar_kernels.triton_runtime import KernelSpec
 
-# Columns of a program: intermediate sizes are multiples of it, or not far below one.
-_BLOCK = 1024
+# Elements of a program: columns of one row, or several rows that are short.
+_ELEMENTS = 1024
 _NUM_WARPS = 4
 
 
@@ -30,30 +30,35 @@ def _product(gate, up, sigmoid, NARROW: tl.constexpr):
 
 
 @triton.jit
-def _place(width, BLOCK: tl.constexpr):
-    """Row and columns of this program."""
+def _place(num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] of this program: row, column, and whether they are inside the matrix."""
     blocks = tl.cdiv(width, BLOCK)
     program = tl.program_id(0)
-    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < num_rows) & (column < width)
 
 
 @triton.jit
-def _forward_kernel(gate_up_ptr, out_ptr, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = _place(width, BLOCK)
+def _forward_kernel(
+    gate_up_ptr, out_ptr, num_rows, width,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _place(num_rows, width, ROWS, BLOCK)
     gate_ptr = gate_up_ptr + row * 2 * width + column
-    narrow = tl.load(gate_ptr, mask=column < width, other=0.0)
-    up = tl.load(gate_ptr + width, mask=column < width, other=0.0).to(WIDE)
+    narrow = tl.load(gate_ptr, mask=inside, other=0.0)
+    up = tl.load(gate_ptr + width, mask=inside, other=0.0).to(WIDE)
     gate = narrow.to(WIDE)
     product = _product(gate, up, tl.sigmoid(gate), narrow.dtype)
-    tl.store(out_ptr + row * width + column, product, mask=column < width)
+    tl.store(out_ptr + row * width + column, product, mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
-    gate_up_ptr, grad_ptr, grad_gate_up_ptr, out_ptr, width, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr, grad_ptr, grad_gate_up_ptr, out_ptr, num_rows, width,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(width, BLOCK)
-    inside = column < width
+    row, column, inside = _place(num_rows, width, ROWS, BLOCK)
     at, gate_at = row * width + column, row * 2 * width + column
     narrow = tl.load(gate_up_ptr + gate_at, mask=inside, other=0.0)
     gate = narrow.to(WIDE)
@@ -71,8 +76,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    _forward_kernel[_grid(out)](
-        gate_up, out, width, **_constants(gate_up.dtype), num_warps=_NUM_WARPS
+    num_rows, constants = out.numel() // width, _constants(width, gate_up.dtype)
+    _forward_kernel[_grid(num_rows, width, constants)](
+        gate_up, out, num_rows, width, **constants, num_warps=_NUM_WARPS
     )
     return out
 
@@ -81,35 +87,38 @@ def swiglu_gradients(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """As `swiglu.swiglu_gradients`."""
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     grad_gate_up, out = torch.empty_like(gate_up), torch.empty_like(grad)
-    _backward_kernel[_grid(out)](
-        gate_up, grad, grad_gate_up, out, out.shape[-1],
-        **_constants(gate_up.dtype), num_warps=_NUM_WARPS,
-    )  # fmt: skip
+    width = out.shape[-1]
+    num_rows, constants = out.numel() // width, _constants(width, gate_up.dtype)
+    _backward_kernel[_grid(num_rows, width, constants)](
+        gate_up, grad, grad_gate_up, out, num_rows, width, **constants, num_warps=_NUM_WARPS
+    )
     return grad_gate_up, out
 
 
-def _grid(out: Tensor) -> tuple[int]:
-    width = out.shape[-1]
-    return (out.numel() // width * triton.cdiv(width, _BLOCK),)
+def _grid(num_rows: int, width: int, constants: dict[str, Any]) -> tuple[int]:
+    return (triton.cdiv(num_rows, constants["ROWS"]) * triton.cdiv(width, constants["BLOCK"]),)
 
 
-def _constants(dtype: torch.dtype) -> dict[str, Any]:
-    return {"WIDE": tl.float64 if dtype == torch.float64 else tl.float32, "BLOCK": _BLOCK}
+def _constants(width: int, dtype: torch.dtype) -> dict[str, Any]:
+    block = min(_ELEMENTS, triton.next_power_of_2(width))
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"WIDE": wide, "ROWS": _ELEMENTS // block, "BLOCK": block}
 
 
 def shipped(arch: str) -> list[KernelSpec]:
-    """Every form launched for bf16 and fp32; the same on every architecture."""
+    """Forms for bf16 and fp32, for wide rows and for a narrow shard of them, on any architecture."""
     return [
         KernelSpec(
-            name=f"swiglu {direction} {pointer[1:]}",
+            name=f"swiglu {direction} {pointer[1:]} {width}",
             kernel=kernel,
-            signature={**dict.fromkeys(pointers, pointer), "width": "i32"},
-            constexprs=_constants(dtype),
+            signature={**dict.fromkeys(pointers, pointer), "num_rows": "i32", "width": "i32"},
+            constexprs=_constants(width, dtype),
             num_warps=_NUM_WARPS,
             num_stages=3,
             aligned=(*pointers, "width"),
         )
         for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32"))
+        for width in (_ELEMENTS, 96)
         for direction, kernel, pointers in (
             ("forward", _forward_kernel, ("gate_up_ptr", "out_ptr")),
             (

@@ -235,7 +235,7 @@ def runs_were_compared(checkout: Path, result: Result) -> None:
 
 def kernels_were_compiled(checkout: Path, result: Result) -> None:
     del checkout
-    assert re.search(r"swiglu backward bf16 +. sm_90", result.stdout)
+    assert re.search(r"swiglu backward bf16 1024 +. sm_90", result.stdout)
     assert "1 architecture" in result.stdout
     assert "no spills" in result.stdout
 
