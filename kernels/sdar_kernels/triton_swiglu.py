@@ -106,7 +106,7 @@ def _constants(width: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def shipped(arch: str) -> list[KernelSpec]:
-    """Forms for bf16 and fp32, for wide rows and for a narrow shard of them, on any architecture."""
+    """Forms for bf16 and fp32, of wide rows and of a narrow shard, for every architecture."""
     return [
         KernelSpec(
             name=f"swiglu {direction} {pointer[1:]} {width}",
