@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_sdar.benchmark.step_data import Document
 from megatron_sdar.benchmark.step_forms import PEER, Form, make_form
 from megatron_sdar.benchmark.step_kernels import build_kernels
 from megatron_sdar.benchmark.step_options import StepOptions
+from megatron_sdar.benchmark.step_rows import RowShape
 from megatron_sdar.diffusion.noise import NoiseDraw
 from megatron_sdar.parallel.host_memory import keep_freed_memory, return_freed_memory
 from megatron_sdar.parallel.mesh import LaunchInfo, start_process_group, stop_process_group
@@ -84,11 +85,13 @@ def _measure_here(
 
 
 def _first_step(form: Form, options: StepOptions) -> None:
-    length = 2 * options.block_length
-    form.bind([_tiny(length)], options.shape(length))
+    form.bind(*smallest_rows(options))
     form.step()
 
 
-def _tiny(length: int) -> Document:
+def smallest_rows(options: StepOptions) -> tuple[list[Document], RowShape]:
+    """A document of two blocks, and rows with room for its clean and two noisy copies."""
+    length = 2 * options.block_length
     ids = np.arange(1, length + 1, dtype=np.int32)
-    return Document(ids, ids, NoiseDraw(0.5, np.ones(length, dtype=np.bool_)))
+    document = Document(ids, ids, NoiseDraw(0.5, np.ones(length, dtype=np.bool_)))
+    return [document], replace(options.shape(length), kept_row_length=3 * length)

@@ -31,6 +31,7 @@ from megatron_sdar.benchmark.step_forms import (
     PEER,
     measured_forms,
 )
+from megatron_sdar.benchmark.step_memory import smallest_rows
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_own import ONE_PROCESS, Layout
 from megatron_sdar.benchmark.step_peer import dense_row_mask, peer_rows
@@ -112,6 +113,7 @@ from unittest import mock
 from rich.console import Console
 from megatron_sdar.benchmark import step
 from megatron_sdar.benchmark.step_data import Corpus, load_documents
+from megatron_sdar.benchmark.step_memory import smallest_rows
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_report import show_step
 
@@ -225,6 +227,14 @@ def test_too_few_documents_are_refused() -> None:
         choose_documents(_documents(2), [SHAPE.whole_sizes], 3, 32)
 
 
+@pytest.mark.parametrize("block_length", [1, 4, 16])
+def test_the_smallest_rows_hold_every_form(block_length: int) -> None:
+    documents, shape = smallest_rows(StepOptions(block_length=block_length))
+    rows = shape.whole_rows(documents), shape.kept_rows(documents), shape.kept_rows(documents, 2)
+    assert [len(each) for each in rows] == [1, 1, 1]
+    assert all(row.loss_positions.size for each in rows for row in each)
+
+
 def test_documents_survive_a_file(tmp_path: Path) -> None:
     documents = _documents(3)
     save_documents(documents, tmp_path / "documents.npz")
@@ -333,6 +343,6 @@ def test_a_model_of_42_million_parameters() -> None:
 def test_rows_of_exact_grow_with_the_published_ones() -> None:
     options = StepOptions()
     lengths = [options.shape(length).kept_row_length for length in options.lengths]
-    assert lengths == [1536, 3072]
+    assert lengths == [1536, 2728]
     assert StepOptions(block_length=16).shape(1000).kept_row_length == 736
     assert StepOptions(row_length=64).shape(2048).kept_row_length == 64
