@@ -35,7 +35,8 @@ class StepOptions:
     arch: the model; its last token id is the mask token.
     lengths: document tokens of a row; rows hold two copies of as many.
     row_length: tokens of a row with exact savings, which need not hold two copies; None: three
-        quarters of the published row's document tokens, beyond 2048 two thirds, in whole blocks.
+        quarters of the published row's document tokens, beyond 2048 two thirds, at
+        least 1024, in whole blocks.
     rows: published rows of one optimizer step.
     rounds, peer_rounds: of our forms and of the peer, after one that does not count.
     threads: of torch, in the comparison of forms.
@@ -82,7 +83,8 @@ class StepOptions:
             # Savings leave 1.49 of 2 tokens on GSM8K: what fills 4 published rows fills 8 rows of
             # three quarters, 9 of two thirds. Long rows of three quarters take too much memory.
             share = Fraction(3, 4) if length <= 2048 else Fraction(2, 3)
-            kept = int(share * length) // self.block_length * self.block_length
+            # Short ones still hold documents of some length with two noisy copies.
+            kept = max(int(share * length), 1024) // self.block_length * self.block_length
         return RowShape(length, self.block_length, self.mask_token_id, kept)
 
     def quick(self) -> StepOptions:

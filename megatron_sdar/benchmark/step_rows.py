@@ -6,7 +6,7 @@ decide the comparison; so documents are chosen whose rows are full in every form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -166,7 +166,7 @@ def choose_documents(
     return fitting[chosen.start : chosen.stop]
 
 
-def _runs(forms: Sequence[Sizes], num_rows: int) -> Iterator[tuple[float, range]]:
+def _runs(forms: Sequence[Sizes], num_rows: int) -> list[tuple[float, range]]:
     """Runs of neighbours that may give num_rows rows of the first form, the most promising first.
 
     With each the fill that it could reach at best in every form: in num_rows rows of the first, in
@@ -189,5 +189,4 @@ def _runs(forms: Sequence[Sizes], num_rows: int) -> Iterator[tuple[float, range]
                     for total, count, form in zip(totals, rows, forms, strict=True)
                 )
                 runs.append((bound, range(start, end)))
-    runs.sort(key=lambda each: (-each[0], each[1].start, each[1].stop))
-    yield from runs
+    return sorted(runs, key=lambda each: (-each[0], each[1].start, each[1].stop))

@@ -113,7 +113,6 @@ from unittest import mock
 from rich.console import Console
 from megatron_sdar.benchmark import step
 from megatron_sdar.benchmark.step_data import Corpus, load_documents
-from megatron_sdar.benchmark.step_memory import smallest_rows
 from megatron_sdar.benchmark.step_options import StepOptions
 from megatron_sdar.benchmark.step_report import show_step
 
@@ -344,5 +343,6 @@ def test_rows_of_exact_grow_with_the_published_ones() -> None:
     options = StepOptions()
     lengths = [options.shape(length).kept_row_length for length in options.lengths]
     assert lengths == [1536, 2728]
-    assert StepOptions(block_length=16).shape(1000).kept_row_length == 736
+    assert StepOptions(block_length=3).shape(2000).kept_row_length == 1500
+    assert StepOptions().shape(256).longest(2) == 256
     assert StepOptions(row_length=64).shape(2048).kept_row_length == 64
