@@ -140,11 +140,22 @@ def measure_layouts(
                 worlds.append(_World(layout, arguments))
                 # Its first step now, which is not timed.
                 _check_loss(worlds[-1].step(), losses, layout)
-            rounds = [[world.step() for world in worlds] for _ in range(options.parallel_rounds)]
+            rounds = [
+                _round([world.step for world in worlds], first)
+                for first in range(options.parallel_rounds)
+            ]
         finally:
             for world in worlds:
                 world.close()
     return [_figures(world.layout, rounds, place) for place, world in enumerate(worlds) if place]
+
+
+def _round(steps: Sequence[Callable[[], list[StepTime]]], first: int) -> list[list[StepTime]]:
+    # Each round begins with the next world: a machine that slows down, or that others leave, does
+    # not meet the same one each time.
+    order = [(first + turn) % len(steps) for turn in range(len(steps))]
+    taken = {place: steps[place]() for place in order}
+    return [taken[place] for place in range(len(steps))]
 
 
 def _check_loss(ranks: Sequence[StepTime], losses: dict[str, float], layout: Layout) -> None:

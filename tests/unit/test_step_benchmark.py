@@ -309,6 +309,23 @@ def test_layouts_of_another_loss_are_not_measured(
         step_parallel._check_loss(ranks, known, Layout("dp2", apart=apart))
 
 
+def test_layouts_take_turns_in_another_order_each_round() -> None:
+    order: list[int] = []
+
+    def step_of(place: int, ranks: int) -> list[StepTime]:
+        order.append(place)
+        # What a step takes doubles with each: only the order tells.
+        return [StepTime(1.0, 2.0 ** len(order), 0.0)] * ranks
+
+    steps = [partial(step_of, place, ranks) for place, ranks in enumerate((1, 1, 2))]
+    rounds = [step_parallel._round(steps, first) for first in range(3)]
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    figures = step_parallel._figures(Layout("tp2", tp=2), rounds, 2)
+    # 2 * 2**3 over 2**1, 2 * 2**5 over 2**6, 2 * 2**7 over 2**8.
+    assert figures.cpu_ratio == 1.0
+    assert figures.over_apart == 2 * 2**3 / 2**2
+
+
 def test_layouts_can_be_left_out() -> None:
     known = step.StepFigures((), (), {}, {"speedup": 1.0}, {}, ())
     with (
