@@ -9,7 +9,9 @@ from statistics import median
 
 import torch
 
-_PRODUCTS = 5
+# Of one measurement: a busy machine's rate wanders within a second, so as many products as fill
+# about two, but a handful of slow ones are enough.
+_LEAST_PRODUCTS, _MOST_PRODUCTS, _SECONDS = 5, 15, 2.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class ProductRate:
 
     def measure(self) -> float:
         """The rate now."""
-        times = []
-        for _ in range(_PRODUCTS):
+        times: list[float] = []
+        while len(times) < _LEAST_PRODUCTS or (
+            len(times) < _MOST_PRODUCTS and sum(times) < _SECONDS
+        ):
             start = time.perf_counter()
             torch.mm(self._left, self._right, out=self._out)
             times.append(time.perf_counter() - start)

@@ -21,7 +21,7 @@ from distributed.command import run_python
 from sdar_kernels.reference import dense_mask
 
 from megatron_sdar.benchmark import step, step_parallel
-from megatron_sdar.benchmark.step_clock import StepTime
+from megatron_sdar.benchmark.step_clock import ProductRate, StepTime
 from megatron_sdar.benchmark.step_data import Corpus, Document, load_documents, save_documents
 from megatron_sdar.benchmark.step_forms import (
     EXACT,
@@ -324,6 +324,15 @@ def test_layouts_take_turns_in_another_order_each_round() -> None:
     # 2 * 2**3 over 2**1, 2 * 2**5 over 2**6, 2 * 2**7 over 2**8.
     assert figures.cpu_ratio == 1.0
     assert figures.over_apart == 2 * 2**3 / 2**2
+
+
+@pytest.mark.parametrize(("seconds", "products"), [(0.01, 15), (0.25, 8), (10.0, 5)])
+def test_a_products_rate_is_that_of_about_two_seconds(seconds: float, products: int) -> None:
+    rate = ProductRate(8, torch.float32)
+    # One clock before each product and one after it.
+    with mock.patch("time.perf_counter", side_effect=np.arange(100) * seconds) as clock:
+        assert rate.measure() == pytest.approx(2 * 8**3 / seconds)
+    assert clock.call_count == 2 * products
 
 
 def test_layouts_can_be_left_out() -> None:
